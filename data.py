@@ -1,0 +1,391 @@
+"""Which pixels or latents does step n see, and how did they get there?
+
+    python data.py shapes                                     # 10 classes of drawn shapes -> shapes/, in seconds
+    python data.py folder ~/pictures --out data --size 64     # a tree of PNG, JPEG or WebP files -> data/
+
+Every script of this repository reads a folder with three files:
+
+    data.npy     memory-mapped; one of three kinds, and the kind is in meta.json
+                   images     uint8   (N, C, H, W)     pixels, used as x/127.5 - 1
+                   moments    float16 (N, 2C, h, w)    a VAE's mean, then log-variance: sampled anew at each use
+                   latents    float   (N, C, h, w)     already sampled and scaled, as other repositories write
+    labels.npy   int64 (N,)
+    meta.json    {"kind", "classes"}; for moments "scale"; and, where known, "class_names"
+
+`classes` is 0 for data without labels. The last 2 % of a data set, at most 1,000 images, are held out from
+training, so `folder` shuffles once while it writes.
+"""
+
+import argparse
+import collections
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import sys
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+
+class BadInput(ValueError):
+    """A user's mistake, told in one sentence. The scripts print the sentence and exit with status 2."""
+
+
+# ---------------------------------------------------------------------------------------- reading a folder
+
+LATENT_SCALE = 0.18215                        # Stable Diffusion's, and so DiT's and MaskDiT's
+KINDS = {'images': ('uint8',), 'moments': ('float16',), 'latents': ('float16', 'float32')}
+
+
+class Data:
+    """A data folder, opened and checked. Nothing is read into memory but the labels.
+
+    kind, scale, classes, class_names    from meta.json
+    channels, resolution                 of what the network sees: moments have half the channels of the file
+    count = trained + held_out           the first `trained` images are for training
+    Raises BadInput, with what is wrong and what to type.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        make = 'make one with `python data.py shapes` or `python data.py folder SRC --out data`'
+        if not self.path.is_dir():
+            raise BadInput(f'there is no data folder {path}: {make}')
+        try:
+            meta = json.loads((self.path / 'meta.json').read_text())
+            self.array = np.load(self.path / 'data.npy', mmap_mode='r')       # numpy refuses pickles by default
+            self.labels = np.load(self.path / 'labels.npy')
+        except FileNotFoundError as error:
+            raise BadInput(f'{path} is not a data folder, it has no {os.path.basename(error.filename)}: {make}') from None
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            raise BadInput(f'{path} has a file that is truncated or cannot be read: {error}') from None
+        self.kind = meta.get('kind') if isinstance(meta, dict) else None
+        if self.kind not in KINDS:
+            raise BadInput(f'{path}/meta.json says kind {self.kind!r}: expected one of {", ".join(KINDS)}')
+        self.classes, self.scale = meta.get('classes'), meta.get('scale', LATENT_SCALE)
+        if type(self.classes) is not int or self.classes < 0 or type(self.scale) not in (int, float):
+            raise BadInput(f'{path}/meta.json needs "classes", a number from 0 up, and "scale" must be a number')
+        self.class_names = meta.get('class_names') or [str(i) for i in range(self.classes)]
+
+        shape, dtype = self.array.shape, self.array.dtype
+        if len(shape) != 4 or shape[2] != shape[3] or dtype not in KINDS[self.kind]:
+            raise BadInput(f'{path}/data.npy holds {dtype} {shape}: {self.kind} are '
+                           f'{" or ".join(KINDS[self.kind])} (N, C, H, H), with pictures as high as wide')
+        if self.kind == 'moments' and shape[1] % 2:
+            raise BadInput(f'{path}/data.npy holds moments of {shape[1]} channels: expected means, then as many '
+                           f'log-variances')
+        self.count, self.resolution = shape[0], shape[2]
+        self.channels = shape[1] // 2 if self.kind == 'moments' else shape[1]
+        if self.count < 2:
+            raise BadInput(f'{path}/data.npy holds {self.count} images: at least 2 are needed, one to train on '
+                           f'and one held out')
+        if self.labels.shape != (self.count,) or self.labels.dtype != np.int64:
+            raise BadInput(f'{path}/labels.npy holds {self.labels.dtype} {self.labels.shape}: expected int64 '
+                           f'({self.count},), one label an image')
+        low, high = self.labels.min(), self.labels.max()
+        if low < 0 or high >= max(self.classes, 1):
+            raise BadInput(f'{path}/labels.npy holds labels from {low} to {high}, but meta.json says '
+                           f'{self.classes} classes, so labels from 0 to {max(self.classes, 1) - 1}')
+        if not isinstance(self.class_names, list) or len(self.class_names) != self.classes:
+            raise BadInput(f'{path}/meta.json must name {self.classes} classes in "class_names", or leave it out')
+        self.held_out = min(1000, max(1, self.count // 50))
+        self.trained = self.count - self.held_out
+
+    def rows(self, indices):
+        """What the file holds at `indices`, and the labels: two tensors. `to_input` makes the first usable."""
+        return torch.from_numpy(self.array[indices]), torch.from_numpy(self.labels[indices])
+
+    def to_input(self, raw, normal):
+        """Rows as stored -> x (B, C, H, W) float32 for the network.
+
+        `normal` (B, C, H, W), unit Gaussian numbers, samples moments; the other kinds ignore it.
+        """
+        raw = raw.float()
+        if self.kind == 'images':
+            return raw / 127.5 - 1
+        if self.kind == 'moments':
+            mean, logvar = raw.chunk(2, dim=1)
+            return self.scale * (mean + (logvar.clamp(-30, 20) / 2).exp() * normal)
+        return raw
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_indices(seed, step, batch, n):
+    """Which of n images the global batch of `step` holds: (batch,). A function of its arguments alone.
+
+    Epoch after epoch, each in an order of its own, every image is used once an epoch; a batch may span two.
+    """
+    position = np.arange(step * batch, (step + 1) * batch)
+    epochs = position // n
+    return np.concatenate([permutation(seed, int(e), n)[position[epochs == e] % n] for e in np.unique(epochs)])
+
+
+# --------------------------------------------------------------------------------------- writing a folder
+
+def save_folder(out, rows, dtype, shape, meta, seed):
+    """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
+
+    The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of several
+    processes that make the same folder at once, the first wins. Returns the number of rows.
+    """
+    out = pathlib.Path(out)
+    partial = out.parent / f'.{out.name}.partial{os.getpid()}'
+    labels = []
+    try:
+        partial.mkdir(parents=True)
+        with open(partial / 'data.npy', 'wb') as file:
+            def write_header():
+                np.lib.format.write_array_header_1_0(file, {
+                    'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': (len(labels), *shape)})
+            write_header()
+            for row, label in rows:
+                file.write(np.ascontiguousarray(row, dtype).tobytes())
+                labels.append(label)
+            file.seek(0)
+            write_header()                                                    # numpy pads for this: same length
+        np.save(partial / 'labels.npy', np.array(labels, np.int64))
+        (partial / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
+        if labels and dtype == 'uint8':
+            data = np.load(partial / 'data.npy', mmap_mode='r')
+            some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
+            names = meta.get('class_names') or ['']
+            save_grid(partial / 'preview.png', data[some], [names[labels[i]] for i in some], columns=10)
+        try:
+            os.rename(partial, out)
+        except OSError:
+            if not (out / 'meta.json').exists():                              # else somebody was faster
+                raise
+    except OSError as error:
+        raise BadInput(f'cannot write the data folder {out}: {error.strerror or error}') from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return len(labels)
+
+
+def to_uint8(x):
+    """(n, C, H, W) floats about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput if not finite."""
+    if not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise BadInput(f'pictures {bad} of a batch are not finite numbers: the network has diverged')
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(path, images, titles, columns):
+    """A PNG of pictures uint8 (n, C, H, W) in rows of `columns`, each under its title."""
+    n, C, H, W = images.shape
+    zoom = max(1, 64 // H)
+    cell_w, cell_h, title_h = W * zoom + 6, H * zoom + 20, 14
+    sheet = Image.new('RGB', (columns * cell_w + 6, -(-n // columns) * cell_h + 6), 'white')
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (image, title) in enumerate(zip(np.asarray(images), titles)):
+        left, top = i % columns * cell_w + 6, i // columns * cell_h + 4
+        rgb = np.broadcast_to(image, (3, H, W)) if C == 1 else image[:3]
+        tile = Image.fromarray(np.ascontiguousarray(rgb.transpose(1, 2, 0)))
+        sheet.paste(tile.resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (left, top + title_h))
+        while title and pen.textlength(title, font) > W * zoom:
+            title = title[:-1]
+        pen.text((left, top), title, 'black', font)
+    temporary = f'{path}.tmp{os.getpid()}'
+    sheet.save(temporary, 'PNG')
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+#
+# Ten classes of drawn shapes whose parts belong together: bars are equally long, a face has two matching
+# eyes. Colours, background, size and position say nothing of the class. A shape is a formula over x, y in
+# [-1, 1], y downwards, so the pictures depend on no drawing library.
+
+def disc(x, y, r, cx=0.0, cy=0.0):
+    return (x - cx) ** 2 + (y - cy) ** 2 < r ** 2
+
+
+def box(x, y, half_width, half_height, cx=0.0, cy=0.0):
+    return (abs(x - cx) < half_width) & (abs(y - cy) < half_height)
+
+
+SHAPES = {
+    'disc': lambda x, y: disc(x, y, 0.9),
+    'square': lambda x, y: box(x, y, 0.8, 0.8),
+    'triangle': lambda x, y: (y < 0.8) & (y > 2 * abs(x) - 0.95),
+    'ring': lambda x, y: disc(x, y, 0.95) & ~disc(x, y, 0.5),
+    'plus': lambda x, y: box(x, y, 0.95, 0.32) | box(x, y, 0.32, 0.95),
+    'bars': lambda x, y: box(x, y, 0.9, 0.2, 0, -0.7) | box(x, y, 0.9, 0.2) | box(x, y, 0.9, 0.2, 0, 0.7),
+    'dots': lambda x, y: disc(abs(x), abs(y), 0.42, 0.55, 0.55),
+    'dumbbell': lambda x, y: disc(abs(x), y, 0.45, 0.55) | box(x, y, 0.5, 0.15),
+    'moon': lambda x, y: disc(x, y, 0.95) & ~disc(x, y, 0.75, 0.45),
+    'face': lambda x, y: disc(x, y, 0.98) & ~disc(abs(x), y, 0.2, 0.38, -0.28) & ~box(x, y, 0.45, 0.14, 0, 0.42),
+}
+SHAPES_SIZE, SHAPES_COUNT = 16, 20_000
+SUPERSAMPLE = 4                               # a pixel is the mean of 4 x 4 points
+
+
+def draw_shapes(labels, size, rng):
+    """Pictures uint8 (n, 3, size, size) of the shapes `labels` (n,)."""
+    n, fine = len(labels), size * SUPERSAMPLE
+    at = ((np.arange(fine) + 0.5) / fine * 2 - 1).astype(np.float32)
+    radius = rng.uniform(0.55, 0.85, (n, 1, 1)).astype(np.float32)            # of half the picture
+    shift = rng.uniform(-1, 1, (2, n, 1, 1)).astype(np.float32) * (0.95 - radius)
+    x, y = (at[None, None, :] - shift[0]) / radius, (at[None, :, None] - shift[1]) / radius
+    inside = np.empty((n, fine, fine), np.float32)
+    for k, shape in enumerate(SHAPES.values()):
+        inside[labels == k] = shape(x[labels == k], y[labels == k])
+    inside = inside.reshape(n, 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))     # (n, 1, size, size)
+
+    paint = np.empty((n, 3), np.float32)                                      # far enough from the background
+    ground = rng.uniform(0, 1, (n, 3)).astype(np.float32)
+    wrong = np.arange(n)
+    while len(wrong):
+        paint[wrong] = rng.uniform(0, 1, (len(wrong), 3))
+        wrong = wrong[np.linalg.norm(paint[wrong] - ground[wrong], axis=1) < 0.6]
+    slope = rng.uniform(-0.12, 0.12, (n, 3, 2, 1, 1)).astype(np.float32)      # the background's colour drifts
+    line = at.reshape(size, SUPERSAMPLE).mean(1)
+    back = ground[:, :, None, None] + slope[:, :, 0] * line[None, None, None, :] + slope[:, :, 1] * line[:, None]
+    pictures = inside * paint[:, :, None, None] + (1 - inside) * back
+    return np.rint(pictures.clip(0, 1) * 255).astype(np.uint8)
+
+
+def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
+    """The data set `shapes` in the folder `out`. Deterministic; several processes may call it at once."""
+    def rows():
+        rng = np.random.default_rng(seed)
+        for start in range(0, count, 500):
+            labels = rng.integers(len(SHAPES), size=min(500, count - start))
+            yield from zip(draw_shapes(labels, size, rng), labels.tolist())
+
+    meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES), 'source': f'shapes, seed {seed}'}
+    save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
+
+
+def default_data():
+    """The value of --data where none is typed: data/ if it is a data folder, else shapes/."""
+    return 'data' if os.path.exists('data/meta.json') else 'shapes'
+
+
+def open_data(path):
+    """`Data(path)`; the folder `shapes`, if that is what is asked for, is made where it does not exist."""
+    if str(path) == 'shapes' and not os.path.exists('shapes'):
+        make_shapes('shapes')
+    return Data(path)
+
+
+# ------------------------------------------------------------------------------------------------- folder
+
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
+NO_CLASS = '.'
+
+
+def center_crop(image, size):
+    """ADM's crop: halve by box filter while twice too large, then bicubic to `size`, then cut the centre."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def read_picture(path, size):
+    """uint8 (3, size, size), or the reason why there is none, as a string."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', Image.DecompressionBombWarning)    # 90 megapixels and more
+            with Image.open(path) as image:
+                return np.asarray(center_crop(image.convert('RGB'), size)).transpose(2, 0, 1)
+    except Exception as error:                                                # a broken file raises anything
+        return f'{type(error).__name__}: {error}'
+
+
+def find_pictures(source):
+    """[(path, class name)] in sorted order; the class is the first folder under `source`."""
+    found = []
+    for folder, folders, files in os.walk(source):
+        folders.sort()
+        inside = os.path.relpath(folder, source)
+        found += [(os.path.join(folder, name), inside.split(os.sep)[0])
+                  for name in sorted(files) if name.lower().endswith(SUFFIXES)]
+    return found
+
+
+def make_folder(source, out, size, workers, seed=0):
+    """Prepare a tree of pictures; see the docstring of this file. Prints what was skipped and why."""
+    if not os.path.isdir(source):
+        raise BadInput(f'there is no folder {source} with pictures')
+    found = find_pictures(source)
+    counts = collections.Counter(name for _, name in found)
+    names = sorted(counts.keys() - {NO_CLASS})
+    skipped = []
+    if names and counts[NO_CLASS]:                                            # beside class folders: no class
+        skipped = [(path, 'lies beside the class folders') for path, name in found if name == NO_CLASS]
+        found = [(path, name) for path, name in found if name != NO_CLASS]
+    if not found:
+        raise BadInput(f'{source} holds no picture: expected {", ".join(SUFFIXES)} files, in one sub-folder a class '
+                       f'or in none')
+    order = np.random.default_rng(seed).permutation(len(found))               # the held-out end is a fair sample
+    found = [found[i] for i in order]
+
+    def rows():
+        with multiprocessing.get_context('spawn').Pool(workers) as pool:
+            pictures = pool.imap(functools.partial(read_picture, size=size), [path for path, _ in found], chunksize=16)
+            for (path, name), picture in tqdm(zip(found, pictures), 'pictures', len(found), unit=''):
+                if isinstance(picture, str):
+                    skipped.append((path, picture))
+                else:
+                    yield picture, names.index(name) if names else 0
+        if len(skipped) + 2 > len(found) and len(found) - len(skipped) < 2:
+            raise BadInput(f'{source} holds fewer than 2 readable pictures ({len(skipped)} could not be read); the '
+                           f'first: {skipped[0][0]}, {skipped[0][1]}')
+
+    meta = {'kind': 'images', 'classes': len(names), 'source': f'folder, {size} pixels'}
+    meta |= {'class_names': names} if names else {}
+    count = save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
+    for path, reason in skipped:
+        print(f'skipped {path}: {reason}')
+    print(f'{out}: {count} pictures of {size} x {size}, {len(names) or "no"} classes, {len(skipped)} skipped; '
+          f'a look at them: {out}/preview.png')
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description='Prepare a data folder.', allow_abbrev=False)
+    sub = parser.add_subparsers(dest='what', required=True)
+    shapes = sub.add_parser('shapes', help='10 classes of drawn shapes', allow_abbrev=False)
+    shapes.add_argument('--out', default='shapes', help='folder to make')
+    shapes.add_argument('--size', type=int, default=SHAPES_SIZE, help='pixels a side')
+    shapes.add_argument('--n', type=int, default=SHAPES_COUNT, help='number of pictures')
+    shapes.add_argument('--seed', type=int, default=0)
+    folder = sub.add_parser('folder', help='a tree of PNG, JPEG or WebP files', allow_abbrev=False)
+    folder.add_argument('source', help='one sub-folder a class, or none')
+    folder.add_argument('--out', default='data', help='folder to make')
+    folder.add_argument('--size', type=int, required=True, help='pixels a side')
+    folder.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
+    args = parser.parse_args(argv)
+    if args.size < 1 or getattr(args, 'n', 2) < 2 or getattr(args, 'workers', 1) < 1:
+        raise BadInput('--size and --workers must be at least 1, --n at least 2')
+    if os.path.exists(args.out):
+        raise BadInput(f'{args.out} exists already: remove it, or choose another --out')
+    if args.what == 'shapes':
+        make_shapes(args.out, args.size, args.n, args.seed)
+        print(f'{args.out}: {args.n} pictures of {args.size} x {args.size}, {len(SHAPES)} classes; '
+              f'a look at them: {args.out}/preview.png')
+    else:
+        make_folder(args.source, args.out, args.size, args.workers)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except BadInput as mistake:
+        print(f'data.py: {mistake}', file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,81 @@
+"""The same training with nothing masked: the short tuning that closes the gap to inference.
+
+    python finetune.py out/0400000.pt --out tuned                                # MC-DiT's appendix A.2
+    torchrun --nproc_per_node 4 finetune.py out/0400000.pt --out tuned --batch 512
+
+Masked training never shows the decoder an encoder's tokens in every slot, and sampling shows it nothing else.
+So the loss is now DiT's, over all tokens, through encoder and decoder. What changes against train.py:
+
+    mask ratio       0: no masked slots, so no parameters that fill them, and no EMA network beside `ema`
+    weights          `model` and `ema` of the checkpoint, each continued
+    optimizer        fresh; learning rate 5e-5, batch 128
+    EMA warm-up      counts on from the checkpoint's step; begun again, it would erase the EMA in one step
+    seed             another than training's, so that noise and order are new
+"""
+
+import argparse
+import sys
+
+import torch.distributed as dist
+
+import data
+import model
+import train
+from model import BadInput
+
+ARCHITECTURE = ('method', 'model', 'resolution', 'channels', 'classes', 'class_names', 'sigma_data')
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description='Unmasked tuning.', allow_abbrev=False)
+    parser.add_argument('checkpoint', help='file of train.py')
+    parser.add_argument('--out', required=True, help='folder for all that is written, another than training wrote to')
+    parser.add_argument('--data', help='data folder (default: the one trained on)')
+    parser.add_argument('--lr', type=float, default=5e-5, help='learning rate')
+    parser.add_argument('--seed', type=int, default=1)
+    train.shared_flags(parser, steps=50_000, batch=128)
+    return parser.parse_args(argv)
+
+
+def without_fill(weights):
+    """Weights of the network that masks nothing: all but the parameters that fill masked slots."""
+    return {name: value for name, value in weights.items() if not name.startswith(model.FILL_PARAMETERS)}
+
+
+def main(argv=None):
+    args = parse(argv)
+    state = model.read_checkpoint(args.checkpoint)
+    trained = state['config']
+    if 'model' not in state:
+        raise BadInput(f'{args.checkpoint} holds the EMA weights alone (--export): tuning continues `model` as well, so '
+                       f'give a checkpoint of train.py')
+    dataset = data.open_data(args.data or trained['data'])
+    ours, theirs = ((trained['resolution'], trained['channels'], trained['classes'] or dataset.classes),
+                    (dataset.resolution, dataset.channels, dataset.classes))
+    if ours != theirs:
+        raise BadInput(f'{dataset.path} has resolution, channels, classes {theirs}, and {args.checkpoint} was trained on '
+                       f'{ours}: give other --data')
+    cfg = {name: trained[name] for name in ARCHITECTURE} | {
+        'stage': 'tune', 'data': str(dataset.path), 'kind': dataset.kind, 'count': dataset.count, 'mask_ratio': 0.0,
+        'steps': args.steps, 'batch': args.batch, 'lr': args.lr, 'lr_decay': args.lr_decay, 'seed': args.seed,
+        'ema_step': trained['ema_step'] + state['step'], 'tuned_from': args.checkpoint}
+    path = train.train(args, cfg, dataset, (without_fill(state['model']), without_fill(state['ema'])))
+
+    lines = [line for line in train.read_log(path.parent) if 'held_out' in line]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        before, after = lines[0], lines[-1]
+        print('\nheld-out loss by noise level\n  sigma            ' + ''.join(f'{s:9.3g}' for s in before['sigma']))
+        for title, line in (('before', before), ('after', after)):
+            print(f'  {title:17}' + ''.join(f'{value:9.4f}' for value in line['held_out']))
+    return path
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (BadInput, data.BadInput) as mistake:
+        print(f'finetune.py: {mistake}', file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

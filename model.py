@@ -1,0 +1,552 @@
+"""What is the network, what fills its holes, and what is minimised?
+
+The reference is MC-DiT: "Contextual Enhancement via Clean-to-Clean Reconstruction for Masked Diffusion
+Models" (NeurIPS 2024), beside the systems it is compared with: DiT (Peebles & Xie 2022) and MaskDiT
+(Zheng et al. 2024). All are trained under EDM (Karras et al. 2022), so that only the masking differs.
+
+An encoder sees the visible noisy tokens alone. Before the decoder, every masked slot must be filled with
+something, and what fills it is the whole difference between the methods:
+
+    method    a masked slot is filled with      ratio  decoder            minimised               EMA network
+    dit       (nothing is masked)               0      final layer only   denoise                 -
+    maskdit   one learned mask token            0.5    8 blocks x 512     denoise + reconstruct   -
+    mcdit     the clean patch itself, embedded  0.5    8 blocks x 512     clean + noise + 2 con   the decoder
+
+The table `METHODS` at the end of this file has the same rows. Another method costs a branch in `Net.fill`,
+a loss, and a row.
+
+Letters used for shapes:
+    B images    C channels    H = W pixels a side    p patch side    P = p*p*C values a patch
+    N = (H/p)^2 tokens    K visible ones    d encoder width    e decoder width (dd in some papers)
+"""
+
+import copy
+import hashlib
+import math
+import zipfile
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class BadInput(ValueError):
+    """A user's mistake, told in one sentence. The scripts print the sentence and exit with status 2."""
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+SIZES = {'T': (4, 192, 6), 'S': (12, 384, 6), 'B': (12, 768, 12), 'L': (24, 1024, 16), 'XL': (28, 1152, 16)}
+PATCHES = (2, 4, 8)
+DECODER = (8, 512, 16)                        # depth, width, heads: the same for S to XL, as in MaskDiT
+TINY_DECODER = (2, 128, 4)                    # for T, the size for laptops and tests
+
+
+def parse_size(name):
+    """'XL/2' -> ((depth, width, heads), (decoder depth, width, heads), patch). Raises BadInput."""
+    size, _, patch = name.partition('/')
+    if size not in SIZES or not patch.isdecimal() or int(patch) not in PATCHES:
+        raise BadInput(f'--model {name} is not known: type one of {", ".join(SIZES)}, a slash, and a patch '
+                       f'size of {", ".join(map(str, PATCHES))}, such as XL/2')
+    return SIZES[size], TINY_DECODER if size == 'T' else DECODER, int(patch)
+
+
+# --------------------------------------------------------------------------------- patches and positions
+
+def patchify(x, p):
+    """(B, C, H, W) -> (B, N, P). A patch is read by row, then column, then channel."""
+    B, C, H, W = x.shape
+    return x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1).reshape(B, -1, p * p * C)
+
+
+def unpatchify(patches, p, C):
+    """(B, N, P) -> (B, C, H, W), the inverse of `patchify` for square images."""
+    B, N, _ = patches.shape
+    g = math.isqrt(N)
+    return patches.reshape(B, g, g, p, p, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, g * p, g * p)
+
+
+def take(tokens, index):
+    """The tokens at `index`: (B, N, n), (B, K) -> (B, K, n)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def put(slots, index, tokens):
+    """`slots` with `tokens` laid in at `index`: (B, N, n), (B, K), (B, K, n) -> (B, N, n)."""
+    return slots.scatter(1, index[..., None].expand(-1, -1, slots.shape[-1]), tokens)
+
+
+def visible_count(N, ratio):
+    """K = int(N (1 - ratio) + 1e-9), the same for every image; 1e-9 because int(10 * (1 - 0.9)) is 0."""
+    K = int(N * (1 - ratio) + 1e-9)
+    if K < 1:
+        raise BadInput(f'--mask-ratio {ratio} leaves none of the {N} tokens visible: use a smaller ratio or a '
+                       f'smaller patch')
+    return K
+
+
+def position_table(g, width):
+    """Fixed 2-D sine-cosine positions, (1, g*g, width): the column's half first, then the row's."""
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(g, dtype=torch.float64)[:, None] * omega             # (g, width/4)
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)                       # (g, width/2)
+    column, row = line.repeat(g, 1), line.repeat_interleave(g, dim=0)         # (g*g, width/2) each
+    return torch.cat([column, row], dim=1)[None].float()
+
+
+# ---------------------------------------------------------------------------------------- building blocks
+
+def layer_norm(x):
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6)                   # no gain or bias: adaLN has them
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]                          # (B, N, n), (B, n), (B, n)
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero: at initialisation every gate is zero and it is the identity."""
+
+    def __init__(self, width, heads, c_width):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.modulation = nn.Linear(c_width, 6 * width)
+
+    def attention(self, x):
+        B, N, n = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # (B, heads, N, n/heads)
+        x = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, n))
+
+    def mlp(self, x):
+        return self.fc2(functional.gelu(self.fc1(x), approximate='tanh'))
+
+    def forward(self, x, c):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(functional.silu(c)).chunk(6, dim=1)
+        x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+
+
+class ModulatedLinear(nn.Module):
+    """LayerNorm, adaLN shift and scale, Linear: the bridge into the decoder, and the final layer."""
+
+    def __init__(self, width, out, c_width):
+        super().__init__()
+        self.linear = nn.Linear(width, out)
+        self.modulation = nn.Linear(c_width, 2 * width)
+
+    def forward(self, x, c):
+        shift, scale = self.modulation(functional.silu(c)).chunk(2, dim=1)
+        return self.linear(modulate(layer_norm(x), shift, scale))
+
+
+class NoiseEmbedding(nn.Module):
+    """c_noise (B,) -> (B, d), through 256 sinusoids: cosines first, longest period 10000, no factor 1000."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(256, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, c_noise):
+        frequency = torch.exp(torch.arange(128, device=c_noise.device, dtype=c_noise.dtype)
+                              * (-math.log(10000) / 128))
+        angle = c_noise[:, None] * frequency                                  # (B, 128)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=1)                   # (B, 256)
+        return self.fc2(functional.silu(self.fc1(wave)))
+
+
+# ------------------------------------------------------------------------------------------------ network
+
+class Net(nn.Module):
+    """F, the raw network inside the denoiser D of EDM eq. 7.
+
+    `cfg` is a plain dictionary with `model` ('XL/2'), `method`, `stage` ('train' or 'tune'), `resolution`,
+    `channels`, `classes` (0: unconditional). Only the parameters that the method uses are built, and tuning
+    masks nothing, so it has none that fill a slot.
+    Raises BadInput for a resolution that the patch does not divide.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        (depth, d, heads), (d_depth, e, d_heads), p = parse_size(cfg['model'])
+        if cfg['resolution'] % p:
+            raise BadInput(f'patches of {p} do not divide a picture of {cfg["resolution"]} x {cfg["resolution"]}: '
+                           f'choose another patch in --model, or data of another size')
+        method = METHODS[cfg['method']]
+        self.patch, self.channels = p, cfg['channels']
+        self.grid, P = cfg['resolution'] // p, p * p * cfg['channels']
+
+        self.t_embed = NoiseEmbedding(d)
+        self.y_embed = nn.Embedding(cfg['classes'] + 1, d) if cfg['classes'] else None   # last row: label dropped
+        self.patch_embed = nn.Linear(P, d)
+        self.pos = nn.Parameter(position_table(self.grid, d), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(d, heads, d) for _ in range(depth))
+
+        self.bridge = None
+        if method['decoder']:
+            self.bridge = ModulatedLinear(d, e, d)
+            self.decoder_pos = nn.Parameter(position_table(self.grid, e), requires_grad=False)
+            self.decoder_blocks = nn.ModuleList(Block(e, d_heads, d) for _ in range(d_depth))
+        self.final = ModulatedLinear(e if method['decoder'] else d, P, d)
+
+        fill = method['fill'] if cfg['stage'] == 'train' else None            # see FILL_PARAMETERS
+        if fill == 'token':
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, e))
+        elif fill == 'clean':
+            self.fill_embed = nn.Linear(P, e)
+        initialise(self)
+
+    def condition(self, c_noise, y):
+        c = self.t_embed(c_noise)                                             # (B, d)
+        return c if self.y_embed is None else c + self.y_embed(y)             # (B, d)
+
+    def encode(self, patches, c, visible=None):
+        """The visible tokens of noisy patches (B, N, P), through the encoder: (B, K, d)."""
+        pos = self.pos.expand(len(patches), -1, -1)                           # (B, N, d)
+        if visible is not None:
+            patches, pos = take(patches, visible), take(pos, visible)         # (B, K, P), (B, K, d)
+        tokens = self.patch_embed(patches) + pos                              # (B, K, d)
+        for block in self.blocks:
+            tokens = block(tokens, c)                                         # (B, K, d)
+        return tokens
+
+    def fill(self, tokens, visible, patches, gain=1.0):
+        """All N slots of the decoder: `tokens` (B, K, e) where visible, what the method puts elsewhere."""
+        if hasattr(self, 'mask_token'):
+            slots = self.mask_token.expand(len(tokens), self.grid ** 2, -1)   # (B, N, e)
+        else:
+            slots = self.fill_embed(patches)                                  # (B, N, e)
+        return put(gain * slots.to(tokens.dtype), visible, tokens)            # (B, N, e)
+
+    def decode(self, tokens, c):
+        """Filled tokens (B, N, e) -> values (B, N, P)."""
+        tokens = tokens + self.decoder_pos                                    # (B, N, e)
+        for block in self.decoder_blocks:
+            tokens = block(tokens, c)                                         # (B, N, e)
+        return self.final(tokens, c)                                          # (B, N, P)
+
+    def forward(self, x, c_noise, y=None, visible=None, patches=None, gains=(1.0, 1.0)):
+        """F (B, C, H, W) in at least float32, and the conditioning c (B, d).
+
+        x         (B, C, H, W)  the noisy image, already scaled by c_in
+        c_noise   (B,)          ln(sigma) / 4
+        y         (B,)          labels; the number `classes` means dropped
+        visible   (B, K)        indices of the visible tokens; None: all of them
+        patches   (B, N, P)     what `fill` may embed into the masked slots
+        gains     two factors   on the encoder's tokens and on the filled ones, at the decoder's door: 0 hides one
+        """
+        x, c_noise = x.to(self.pos.dtype), c_noise.to(self.pos.dtype)
+        c = self.condition(c_noise, y)                                        # (B, d)
+        tokens = self.encode(patchify(x, self.patch), c, visible)             # (B, K, d)
+        if self.bridge is None:
+            values = self.final(tokens, c)                                    # (B, N, P)
+        else:
+            tokens = gains[0] * self.bridge(tokens, c)                        # (B, K, e)
+            if visible is not None:
+                tokens = self.fill(tokens, visible, patches, gains[1])        # (B, N, e)
+            values = self.decode(tokens, c)                                   # (B, N, P)
+        return unpatchify(values, self.patch, self.channels).to(self.pos.dtype), c
+
+
+FILL_PARAMETERS = ('mask_token', 'fill_embed.')                               # name prefixes, absent when tuning
+
+
+def initialise(net):
+    """DiT's initialisation: Xavier-uniform weights, zero biases, N(0, 0.02) embeddings, zero gates and output."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    small = [net.t_embed.fc1.weight, net.t_embed.fc2.weight]
+    small += [net.y_embed.weight] if net.y_embed is not None else []
+    small += [net.mask_token] if hasattr(net, 'mask_token') else []
+    for weight in small:
+        nn.init.normal_(weight, std=0.02)
+    for name, module in net.named_modules():
+        if name.endswith('modulation') or name == 'final.linear':             # adaLN-Zero: every block starts as
+            nn.init.zeros_(module.weight)                                     # the identity, and F as zero
+
+
+class EMADecoder(nn.Module):
+    """MC-DiT's branch network: an EMA copy of the decoder that is fed embedded patches, not encoder tokens.
+
+    The paper draws two of them, for noisy and for clean patches. They start equal and are updated alike, so
+    they stay equal for ever: one copy, run once on a batch of 2B, is both (786 M parameters in the paper's
+    table = 730 M + one decoder). Its parameters have the names they have in `Net`.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.patch, self.channels = net.patch, net.channels
+        self.fill_embed = copy.deepcopy(net.fill_embed)
+        self.decoder_blocks = copy.deepcopy(net.decoder_blocks)
+        self.final = copy.deepcopy(net.final)
+        self.register_buffer('decoder_pos', net.decoder_pos.detach().clone(), persistent=False)
+
+    decode = Net.decode
+
+    def forward(self, x, c):
+        """F_ema (B, C, H, W) of an image whose every token is embedded and none encoded."""
+        values = self.decode(self.fill_embed(patchify(x, self.patch)), c)     # (B, N, P)
+        return unpatchify(values, self.patch, self.channels).to(self.decoder_pos.dtype)
+
+
+def make_teacher(net, cfg):
+    """The second shadow of `net` that the method's loss consults, or None. No gradient ever reaches it."""
+    if cfg['stage'] == 'tune' or cfg['method'] != 'mcdit' or not (cfg['lambda_con1'] or cfg['lambda_con2']):
+        return None
+    if cfg['teacher_encoder']:                                                # MC-DiT Table 12
+        teacher = copy.deepcopy(net)
+        del teacher.fill_embed                                                # it runs on all tokens: no holes
+    else:
+        teacher = EMADecoder(net)
+    return teacher.requires_grad_(False)
+
+
+@torch.no_grad()
+def update_ema(shadow, net, decay):
+    """shadow <- decay * shadow + (1 - decay) * net, for every parameter that the shadow has."""
+    source = dict(net.named_parameters())
+    names, values = zip(*shadow.named_parameters())
+    torch._foreach_lerp_(list(values), [source[name] for name in names], 1 - decay)
+
+
+def ema_decay(step, decay=0.9999):
+    """Decay of the sampling weights: short while the network still changes fast."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+# -------------------------------------------------------------------------------------------- EDM, Table 1
+
+P_MEAN, P_STD = -1.2, 1.2                     # ln sigma ~ N(P_mean, P_std^2)
+LABEL_DROPOUT = 0.1
+MASKDIT_LAMBDA = 0.1                          # weight of MaskDiT's reconstruction
+
+
+def precondition(sigma, sd):
+    """c_skip, c_out, c_in (B, 1, 1, 1) and c_noise (B,) for noise levels sigma (B,). EDM Table 1."""
+    s = sigma.view(-1, 1, 1, 1)
+    c_skip = sd ** 2 / (s ** 2 + sd ** 2)
+    c_out = s * sd / (s ** 2 + sd ** 2).sqrt()
+    c_in = 1 / (s ** 2 + sd ** 2).sqrt()
+    return c_skip, c_out, c_in, sigma.log() / 4
+
+
+def loss_weight(sigma, sd):
+    """lambda(sigma) = 1 / c_out^2, (B, 1, 1, 1)."""
+    s = sigma.view(-1, 1, 1, 1)
+    return (s ** 2 + sd ** 2) / (s * sd) ** 2
+
+
+def denoise(net, x, sigma, y, sd):
+    """D(x; sigma), an estimate of the clean image with every token visible. EDM eq. 7.
+
+    x (B, C, H, W), sigma (B,), y (B,); the result has the precision of x.
+    """
+    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+    F, _ = net(c_in * x, c_noise, y)
+    return c_skip * x + c_out * F
+
+
+# ---------------------------------------------------------------------------- the random numbers of a step
+
+def generator(device, *key):
+    """A torch.Generator that is a function of `key` (numbers and strings) and of nothing else."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], 'little'))
+
+
+def draw(cfg, step, batch, device='cpu'):
+    """Every random number that the loss of one step needs, for the whole global batch.
+
+    They depend on (seed, step, purpose) alone: processes and micro-batches slice their rows, so that any
+    number of them sees the same numbers, and a step can be repeated after a restart.
+
+    sigma (B,)    noise    noise (B, C, H, W) of unit variance    drop (B,) bool: forget the label
+    order (B, N)  a permutation of the tokens; its first K are visible
+    """
+    def rng(purpose):
+        return generator(device, cfg['seed'], step, purpose)
+
+    C, H, p = cfg['channels'], cfg['resolution'], parse_size(cfg['model'])[2]
+    normal = torch.randn(batch, generator=rng('sigma'), device=device)
+    return {
+        'sigma': (P_MEAN + P_STD * normal).exp(),
+        'noise': torch.randn(batch, C, H, H, generator=rng('noise'), device=device),
+        'drop': torch.rand(batch, generator=rng('drop'), device=device) < LABEL_DROPOUT,
+        'order': torch.rand(batch, (H // p) ** 2, generator=rng('order'), device=device).argsort(1),
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the losses
+#
+# One signature: loss(net, teacher, x, y, draws, cfg) -> (loss, parts). x (B, C, H, W) clean images, y (B,)
+# labels, draws as above with B rows. `parts` are detached numbers for the log. The net may be wrapped (by
+# DistributedDataParallel, by the compiler), so it is only ever called.
+
+def drop_labels(y, draws, cfg):
+    return torch.where(draws['drop'], cfg['classes'], y)
+
+
+def split_tokens(draws, cfg):
+    """Indices of the visible (B, K) and the masked tokens (B, N - K)."""
+    K = visible_count(draws['order'].shape[1], cfg['mask_ratio'])
+    return draws['order'][:, :K], draws['order'][:, K:]
+
+
+def mean_over(e, index, p):
+    """Mean of e (B, C, H, W) over the tokens at `index` (B, K): METHOD's vis(e) and msk(e)."""
+    return take(patchify(e, p), index).mean()
+
+
+def dit_loss(net, teacher, x0, y, draws, cfg):
+    """w (D(xt) - x0)^2, over all tokens. EDM eq. 8; also what unmasked tuning minimises."""
+    sigma, sd = draws['sigma'], cfg['sigma_data']
+    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
+    D = denoise(net, xt, sigma, drop_labels(y, draws, cfg), sd)
+    loss = (loss_weight(sigma, sd) * (D - x0) ** 2).mean()
+    return loss, {'denoise': loss.detach()}
+
+
+def patch_norm(x, p):
+    """Each patch of x (B, C, H, W) with zero mean and unit (unbiased) variance."""
+    patches = patchify(x, p)
+    patches = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    return unpatchify(patches, p, x.shape[1])
+
+
+def maskdit_loss(net, teacher, x0, y, draws, cfg):
+    """Denoise the visible tokens; reconstruct the noisy masked ones, each patch normalised."""
+    sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
+    visible, masked = split_tokens(draws, cfg)
+    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
+    F, _ = net(c_in * xt, c_noise, drop_labels(y, draws, cfg), visible)
+    D = c_skip * xt + c_out * F
+    denoised = mean_over(loss_weight(sigma, sd) * (D - x0) ** 2, visible, p)
+    rebuilt = mean_over((D - patch_norm(xt, p)) ** 2, masked, p)              # the noise makes this one hard:
+    loss = denoised + MASKDIT_LAMBDA * rebuilt                                # no weight on it
+    return loss, {'denoise': denoised.detach(), 'reconstruct': rebuilt.detach()}
+
+
+TOKEN_GAINS = {'both': (1.0, 1.0), 'noisy': (1.0, 0.0), 'clean': (0.0, 1.0)}  # MC-DiT Table 10
+
+
+def mcdit_student(net, x0, y, draws, cfg, gains):
+    """What the main branch makes of the mixed image, with what it was made from.
+
+    D_theta (B, C, H, W), c (B, d), the noisy image xt, the labels it was told, and (visible, masked).
+    """
+    sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
+    visible, masked = split_tokens(draws, cfg)
+    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+    y = drop_labels(y, draws, cfg)
+    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
+    x_in = unpatchify(put(patchify(x0, p), visible, take(patchify(xt, p), visible)), p, x0.shape[1])
+    F, c = net(c_in * xt, c_noise, y, visible, patchify(x0 / sd, p), gains)   # 1/sd is c_in at sigma = 0
+    return c_skip * x_in + c_out * F, c, xt, y, (visible, masked)
+
+
+def mcdit_loss(net, teacher, x0, y, draws, cfg):
+    """Clean-to-clean reconstruction, kept from collapsing by two uses of the EMA decoder. MC-DiT eq. 8-12."""
+    sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
+    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+    w = loss_weight(sigma, sd)
+    D, c, xt, y, (visible, masked) = mcdit_student(net, x0, y, draws, cfg, TOKEN_GAINS[cfg['tokens']])
+
+    clean = mean_over(w * (D - x0) ** 2, visible, p)                          # eq. 8
+    parts = {'clean': clean}
+    if cfg['all_clean']:                                                      # Table 6, its third row
+        loss = (w * (D - x0) ** 2).mean()
+    elif cfg['lambda_noise']:
+        parts['noise'] = mean_over((D - xt) ** 2, masked, p)                  # eq. 9
+        parts['noise_above_floor'] = parts['noise'] - mean_over((xt - x0) ** 2, masked, p)
+        loss = clean + cfg['lambda_noise'] * parts['noise']                   # nobody sees n there: E[n^2] stays
+    else:
+        loss = clean
+
+    uses = [(name, x) for name, x in (('con1', xt), ('con2', x0)) if cfg['lambda_' + name]]
+    if uses:
+        inputs = torch.cat([c_in * x if name == 'con1' else x / sd for name, x in uses])    # (2B, C, H, W)
+        with torch.no_grad():
+            if cfg['teacher_encoder']:
+                F, _ = teacher(inputs, c_noise.repeat(len(uses)), y.repeat(len(uses)))
+            else:
+                F = teacher(inputs, c.repeat(len(uses), 1))
+        for (name, x), F_ema in zip(uses, F.chunk(len(uses))):
+            D_ema = c_skip * x + c_out * F_ema
+            parts[name] = mean_over(w * (D - D_ema) ** 2, visible, p)         # eq. 10, 11
+            loss = loss + cfg['lambda_' + name] * parts[name]                 # eq. 12
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+@torch.no_grad()
+def collapse(net, x0, y, draws, cfg):
+    """How much of the visible output rests on the encoder, and how much on the clean patches.
+
+    Two sums of squares a hidden input, for rms(D - D_zeroed) / rms(D) on the visible tokens: a dictionary of
+    scalars `encoder`, `patches` (squared change when it is zeroed) and `output`. A decoder that has learnt to
+    read the clean patches and ignore the encoder shows as `encoder` near 0.
+    """
+    p = parse_size(cfg['model'])[2]
+    D, *_, (visible, _) = mcdit_student(net, x0, y, draws, cfg, (1.0, 1.0))
+    sums = {'output': take(patchify(D ** 2, p), visible).sum()}
+    for name, gains in (('encoder', (0.0, 1.0)), ('patches', (1.0, 0.0))):
+        D_zeroed = mcdit_student(net, x0, y, draws, cfg, gains)[0]
+        sums[name] = take(patchify((D - D_zeroed) ** 2, p), visible).sum()
+    return sums
+
+
+METHODS = {
+    'dit': dict(fill=None, decoder=False, loss=dit_loss, teacher_decay=None,
+                defaults=dict(mask_ratio=0.0, lr=1e-4)),
+    'maskdit': dict(fill='token', decoder=True, loss=maskdit_loss, teacher_decay=None,
+                    defaults=dict(mask_ratio=0.5, lr=1e-4)),
+    'mcdit': dict(fill='clean', decoder=True, loss=mcdit_loss, teacher_decay=0.999,
+                  defaults=dict(mask_ratio=0.5, lr=1e-4, lambda_noise=0.1, lambda_con1=0.1, lambda_con2=0.05,
+                                tokens='both', all_clean=False, teacher_encoder=False)),
+}
+
+
+# ------------------------------------------------------------------------------------- reading checkpoints
+
+def read_checkpoint(path):
+    """The dictionary in a checkpoint of ours: `ema`, `step`, `config`, and where training left them `model`,
+    `teacher`, `opt`. Never runs code from the file. Raises BadInput with what is wrong."""
+    try:
+        with zipfile.ZipFile(path) as archive:                                # torch.load sees no flipped byte;
+            broken = archive.testzip()                                        # the archive's CRC-32s do
+        if broken:
+            raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise BadInput(f'there is no checkpoint {path}: give a file such as out/0010000.pt') from None
+    except OSError as error:
+        raise BadInput(f'{path} cannot be read: {error.strerror or error}') from None
+    except BadInput:
+        raise
+    except Exception as error:                                                # what torch raises here has many types
+        raise BadInput(f'{path} is not a checkpoint or is truncated ({type(error).__name__})') from None
+    if not isinstance(state, dict) or not {'ema', 'step', 'config'} <= state.keys():
+        raise BadInput(f'{path} is not a checkpoint of train.py or finetune.py: it lacks `ema`, `step` or `config`')
+    return state
+
+
+def load_net(path, device='cpu'):
+    """(net, cfg) for inference from the EMA weights of a checkpoint. Raises BadInput."""
+    state = read_checkpoint(path)
+    cfg = state['config']
+    try:
+        net = Net(cfg)
+        net.load_state_dict(state['ema'])
+    except BadInput:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        first = str(error).splitlines()[-1].strip()[:200]
+        raise BadInput(f'{path} has weights that do not fit its own configuration: {first}') from None
+    return net.to(device).eval().requires_grad_(False), cfg

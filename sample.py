@@ -1,0 +1,253 @@
+"""Noise to pictures: the sampler of EDM (Karras et al. 2022, Algorithms 1 and 2) with guidance.
+
+    python sample.py out/0400000.pt                                      # 16 pictures in out/0400000-samples.png
+    python sample.py out/0400000.pt --n 50 --class 3 7 --cfg 4           # of two classes
+    torchrun --nproc_per_node 4 sample.py out/0400000.pt --n 50000 --npz out/50k.npz      # for evaluation
+
+Image i of a seed has the same noise and the same label whatever the batch size and the number of processes.
+The .npz is what ADM's evaluation reads: `arr_0` uint8 (n, H, W, 3), `arr_1` labels, and beside them `settings`,
+a line of JSON. A checkpoint carries its configuration, so it is all that is needed.
+
+Letters: B images a batch    C, H, W channels, height, width    D the denoiser    t noise levels, as in the paper
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import model
+from data import BadInput
+
+SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7    # EDM Table 1
+
+
+# ------------------------------------------------------------------------------------------------- sampler
+
+def noise_levels(steps):
+    """t_0 = sigma_max > ... > t_(N-1) = sigma_min, and t_N = 0: float64 (N + 1,). EDM eq. 5.
+
+    Raises BadInput for fewer than 2 steps."""
+    if steps < 2:
+        raise BadInput(f'--steps {steps}: the sampler needs at least 2 steps')
+    i = torch.arange(steps, dtype=torch.float64)
+    t = (SIGMA_MAX ** (1 / RHO) + i / (steps - 1) * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
+    return torch.cat([t, torch.zeros(1, dtype=torch.float64)])
+
+
+def edm_sampler(D, noise, steps, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, fresh_noise=None):
+    """EDM Algorithm 2 (Algorithm 1 without churn): 2 N - 1 evaluations of D(x, sigma).
+
+    noise (B, C, H, W) has unit variance, and its precision is that of the state: float64 or float32.
+    `fresh_noise()` gives more of the same shape; only churn asks for it.
+    """
+    t = noise_levels(steps).tolist()
+    x = noise * t[0]
+    for i in range(steps):
+        gamma = min(S_churn / steps, math.sqrt(2) - 1) if S_min <= t[i] <= S_max else 0.0
+        t_hat = t[i] + gamma * t[i]
+        if gamma > 0:
+            x = x + math.sqrt(t_hat ** 2 - t[i] ** 2) * S_noise * fresh_noise()
+        d = (x - D(x, t_hat)) / t_hat                                         # dx/dt
+        x_next = x + (t[i + 1] - t_hat) * d                                   # Euler
+        if t[i + 1] > 0:
+            d_next = (x_next - D(x_next, t[i + 1])) / t[i + 1]
+            x_next = x + (t[i + 1] - t_hat) * (d + d_next) / 2                # Heun's second order
+        x = x_next
+    return x
+
+
+def guided(net, y, w, cfg):
+    """D_w(x; sigma) = D(x; null) + w (D(x; y) - D(x; null)), on every channel, in one batched call."""
+    def D(x, sigma):
+        levels = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
+        if w == 1:
+            return model.denoise(net, x, levels, y, cfg['sigma_data'])
+        null = torch.full_like(y, cfg['classes'])
+        both = model.denoise(net, x.repeat(2, 1, 1, 1), levels.repeat(2), torch.cat([null, y]), cfg['sigma_data'])
+        D_null, D_y = both.chunk(2)
+        return D_null + w * (D_y - D_null)
+    return D
+
+
+# ---------------------------------------------------------------------------------------- image i of a seed
+
+def noise_source(seed, i):
+    return np.random.default_rng([seed, i])
+
+
+def label_of(seed, i, allowed, balanced):
+    """The label of image i: the classes in turn, or one at random."""
+    return allowed[i % len(allowed) if balanced else int(np.random.default_rng([seed, i, 1]).integers(len(allowed)))]
+
+
+def generate(net, cfg, seed, indices, labels, steps=40, w=1.0, precision=torch.float32, progress=None, **churn):
+    """Images `indices` of `seed` with `labels`, float64 (B, C, H, W) as the network makes them.
+
+    The state of the sampler is float64, the network runs in `precision`.
+    """
+    device = net.pos.device
+    shape = (cfg['channels'], cfg['resolution'], cfg['resolution'])
+    sources = [noise_source(seed, i) for i in indices]
+
+    def normal():
+        return torch.from_numpy(np.stack([source.standard_normal(shape) for source in sources])).to(device)
+
+    D = guided(net, torch.tensor(labels, device=device), w, cfg)
+
+    def counted(x, sigma):
+        if progress is not None:
+            progress.update()
+        return D(x, sigma)
+
+    with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        return edm_sampler(counted, normal(), steps, fresh_noise=normal, **churn)
+
+
+def picture(x):
+    """(B, C, H, W) as the network makes them -> uint8 (B, 3, H, W).
+
+    Pixels are rounded to the nearest of 256 levels. Of latents, the first three channels are shown as they are,
+    3 units either side of grey: a look at them, no picture.
+    """
+    if x.shape[1] in (1, 3):
+        return data.to_uint8(x).expand(-1, 3, -1, -1).cpu()
+    return data.to_uint8(x[:, :3] / 3).cpu()
+
+
+# ------------------------------------------------------------------------------------------------- script
+
+def pick_precision(name, device):
+    """The dtype the network runs in: bfloat16 where the hardware multiplies it faster than float32."""
+    if name == 'auto' and device.type == 'cuda':
+        name = 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
+    elif name == 'auto':
+        name = 'bf16' if torch.cpu._is_avx512_bf16_supported() else 'fp32'
+    return {'bf16': torch.bfloat16, 'fp32': torch.float32}[name]
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description='Noise to pictures.', allow_abbrev=False)
+    parser.add_argument('checkpoint', help='file of train.py or finetune.py')
+    parser.add_argument('--n', type=int, default=16, help='number of images')
+    parser.add_argument('--steps', type=int, default=40, help='steps of the sampler; 2 n - 1 evaluations')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--class', type=int, nargs='+', dest='classes', help='only these classes')
+    parser.add_argument('--balanced', action='store_true', help='classes in turn instead of at random')
+    parser.add_argument('--cfg', type=float, default=1.0, help='weight of classifier-free guidance; 1 is none')
+    parser.add_argument('--batch', type=int, default=64, help='images at a time, each process')
+    parser.add_argument('--precision', choices=('auto', 'bf16', 'fp32'), default='auto', help='of the network')
+    parser.add_argument('--S-churn', type=float, default=0.0, help='EDM Algorithm 2: noise put back, 0 is none')
+    parser.add_argument('--S-min', type=float, default=0.0, help='least noise level with churn')
+    parser.add_argument('--S-max', type=float, default=math.inf, help='greatest noise level with churn')
+    parser.add_argument('--S-noise', type=float, default=1.0, help='standard deviation of the noise put back')
+    parser.add_argument('--out', help='grid of the first 100 images, PNG (default: beside the checkpoint)')
+    parser.add_argument('--npz', help="file for ADM's evaluation to write")
+    parser.add_argument('--png', help='folder to fill with one PNG an image')
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+
+    # where am I
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    barrier = dist.barrier if world > 1 else lambda: None
+
+    # what is asked for
+    net, cfg = model.load_net(args.checkpoint, device)
+    allowed = args.classes or list(range(max(cfg['classes'], 1)))
+    stem = pathlib.Path(args.checkpoint)
+    grid = args.out or str(stem.with_name(stem.stem + '-samples.png'))
+    noise_levels(args.steps)
+    if args.n < 1 or args.batch < 1 or args.seed < 0:
+        raise BadInput('--n and --batch must be at least 1, --seed at least 0')
+    if args.classes and not all(0 <= k < cfg['classes'] for k in args.classes):
+        raise BadInput(f'--class {args.classes}: this network knows the classes 0 to {cfg["classes"] - 1}' if cfg['classes']
+                       else '--class: this network was trained without classes')
+    if args.cfg != 1 and not cfg['classes']:
+        raise BadInput('--cfg needs classes, and this network was trained without')
+    if (args.npz or args.png) and cfg['channels'] not in (1, 3):
+        raise BadInput(f'--npz and --png hold pictures, and this network makes latents of {cfg["channels"]} channels')
+    if args.npz and os.path.exists(args.npz):
+        raise BadInput(f'{args.npz} exists already: remove it, or choose another --npz')
+    if args.png and os.path.isdir(args.png) and os.listdir(args.png):
+        raise BadInput(f'{args.png} is not empty: clear it, or choose another --png')
+    barrier()                                                                 # all have looked; now write
+
+    # make the images: process r takes r, r + world, ...
+    settings = {'checkpoint': str(stem), 'n': args.n, 'steps': args.steps, 'seed': args.seed, 'cfg': args.cfg,
+                'labels': 'balanced' if args.balanced else 'uniform at random', 'classes': args.classes,
+                'S_churn': args.S_churn, 'S_min': args.S_min, 'S_max': args.S_max, 'S_noise': args.S_noise}
+    labels = [label_of(args.seed, i, allowed, args.balanced) for i in range(args.n)]
+    mine = list(range(args.n))[rank::world]
+    batches = [mine[k:k + args.batch] for k in range(0, len(mine), args.batch)]
+    scratch = (args.npz or grid) + '.partial.npy'                             # a file, not memory, holds them all
+    kept = args.n if args.npz else min(args.n, 100)
+    shape = (kept, 3, cfg['resolution'], cfg['resolution'])
+    try:
+        with contextlib.ExitStack() as finally_:
+            if rank == 0:
+                finally_.callback(lambda: pathlib.Path(scratch).unlink(missing_ok=True))
+                np.lib.format.open_memmap(scratch, 'w+', np.uint8, shape).flush()
+                if args.png:
+                    os.makedirs(args.png, exist_ok=True)
+            barrier()
+            store = np.lib.format.open_memmap(scratch, 'r+')
+            with tqdm(total=len(batches) * (2 * args.steps - 1), desc='sampling', disable=rank > 0 or None) as bar:
+                for batch in batches:
+                    x = generate(net, cfg, args.seed, batch, [labels[i] for i in batch], args.steps, args.cfg,
+                                 pick_precision(args.precision, device), bar, S_churn=args.S_churn,
+                                 S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
+                    for i, image in zip(batch, picture(x).numpy()):
+                        if i < kept:
+                            store[i] = image
+                        if args.png:
+                            Image.fromarray(image.transpose(1, 2, 0)).save(f'{args.png}/{i:06d}.png')
+            store.flush()
+            barrier()
+            if rank == 0:
+                write_results(args, cfg, store, labels, grid, settings)
+            barrier()
+    except OSError as error:
+        raise BadInput(f'cannot write {error.filename or grid}: {error.strerror or error}') from None
+    return grid
+
+
+def write_results(args, cfg, store, labels, grid, settings):
+    names = cfg['class_names'] or [str(k) for k in range(cfg['classes'])] or ['']
+    data.save_grid(grid, store[:100], [names[k] for k in labels[:100]], columns=10 if args.n >= 10 else args.n)
+    print(f'{min(args.n, 100)} pictures in {grid}')
+    if args.npz:
+        temporary = f'{args.npz}.tmp{os.getpid()}'
+        with open(temporary, 'wb') as file:
+            np.savez(file, arr_0=store.transpose(0, 2, 3, 1), arr_1=np.array(labels, np.int64),
+                     settings=np.array(json.dumps(settings)))
+        os.replace(temporary, args.npz)
+        print(f'{args.n} images in {args.npz}')
+    if args.png:
+        print(f'{args.n} images in {args.png}/')
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (BadInput, model.BadInput) as mistake:
+        print(f'sample.py: {mistake}', file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,436 @@
+"""The loop: train a diffusion transformer on masked images.
+
+    python train.py                                                          # mcdit B/2 on drawn shapes
+    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256     # the paper's run
+    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256 --method maskdit    # what it is compared with
+
+Several nodes: the same, with torchrun's --nnodes and --rdzv_endpoint. Without GPUs it trains on the CPU.
+
+Writes, all in --out:
+    0010000.pt             `model`, `ema`, `teacher`, `opt`, `step`, `config`; the last two are kept
+    log.jsonl              the header, then a line every --log-every steps and one every --eval-every
+    samples-0010000.png    what the EMA weights make of the same noise, each time
+Run the same command again to resume: all randomness is a function of (seed, step, purpose), and no generator's
+state is stored.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import model
+import sample
+from model import BadInput
+
+MAX_GRAD_NORM = 1.0
+EVAL_SIGMAS = np.geomspace(0.02, 20, 8).tolist()
+PREVIEW_STEPS = 20                            # of the sampler, for the picture now and then
+
+
+# --------------------------------------------------------------------------------------------------- flags
+
+def shared_flags(parser, steps, batch):
+    """The flags of train.py and finetune.py alike: how the run is done, and not which network it makes."""
+    parser.add_argument('--steps', type=int, default=steps, help='optimizer steps')
+    parser.add_argument('--batch', type=int, default=batch, help='images a step, over all processes and accumulation')
+    parser.add_argument('--accumulate', type=int, default=1, help='backward passes a step')
+    parser.add_argument('--lr-decay', type=float, default=0.0, help='last part of the steps in which --lr falls to 0')
+    parser.add_argument('--precision', choices=('auto', 'bf16', 'fp32'), default='auto', help='of the network')
+    parser.add_argument('--log-every', type=int, default=50, help='steps between lines of the log')
+    parser.add_argument('--eval-every', type=int, default=5000, help='steps between held-out losses and pictures')
+    parser.add_argument('--save-every', type=int, default=10000, help='steps between checkpoints')
+    parser.add_argument('--preview', type=int, default=20, help='images in a picture; 0 for none')
+    parser.add_argument('--export', default=None, help='file for the EMA weights alone, written at the end')
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description='Train.', allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument('--method', choices=model.METHODS, default='mcdit')
+    parser.add_argument('--model', default='B/2', help='T, S, B, L or XL, and a patch of 2, 4 or 8')
+    parser.add_argument('--data', default=data.default_data(), help='data folder (default: data/ if there, else shapes)')
+    parser.add_argument('--classes', type=int, help="0: without labels (default: the data's classes)")
+    parser.add_argument('--out', default='out', help='folder for all that is written')
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--sigma-data', type=float, default=0.5, help='standard deviation of the data, for EDM')
+    parser.add_argument('--lr', type=float, help="(default: the method's)")
+    parser.add_argument('--mask-ratio', type=float, help="masked part of the tokens (default: the method's)")
+    shared_flags(parser, steps=400_000, batch=256)
+    ablations = parser.add_argument_group('ablations of mcdit')
+    ablations.add_argument('--lambda-noise', type=float, help='weight of L_noise (0.1; Tables 4, 6, 13)')
+    ablations.add_argument('--lambda-con1', type=float, help='weight of the noisy branch (0.1; Tables 5, 14)')
+    ablations.add_argument('--lambda-con2', type=float, help='weight of the clean branch (0.05; Tables 5, 15)')
+    ablations.add_argument('--all-clean', action='store_true', help='clean targets for all tokens (Table 6)')
+    ablations.add_argument('--tokens', choices=model.TOKEN_GAINS, help='what the main branch is given (Table 10)')
+    ablations.add_argument('--teacher-encoder', action='store_true', help='EMA of the encoder too (Table 12)')
+    return parser.parse_args(argv)
+
+
+def configuration(args, dataset):
+    """What the run is, as the plain dictionary that checkpoints carry: default < method's row < command line."""
+    given = vars(args)
+    row = model.METHODS[args.method]['defaults']
+    every = {name for method in model.METHODS.values() for name in method['defaults']}
+    for name in sorted(given.keys() & every - row.keys()):
+        raise BadInput(f'--{name.replace("_", "-")} means nothing to --method {args.method}: leave it out')
+    cfg = row | {name: given[name] for name in row if name in given}
+
+    if args.method == 'dit' and 'mask_ratio' in given:
+        raise BadInput('--mask-ratio means nothing to --method dit, which masks nothing: leave it out')
+    if args.method != 'dit' and not 0 < cfg['mask_ratio'] < 1:
+        raise BadInput(f'--mask-ratio {cfg["mask_ratio"]}: expected a number between 0 and 1, neither included')
+    if cfg.get('all_clean') and 'lambda_noise' in given:
+        raise BadInput('--lambda-noise means nothing with --all-clean, which replaces L_noise: leave one out')
+    if cfg.get('teacher_encoder') and not cfg['lambda_con1'] and not cfg['lambda_con2']:
+        raise BadInput('--teacher-encoder means nothing without a branch: give --lambda-con1 or --lambda-con2')
+    if any(cfg.get(name, 0) < 0 for name in ('lambda_noise', 'lambda_con1', 'lambda_con2')) or args.sigma_data <= 0:
+        raise BadInput('the --lambda weights must be at least 0, and --sigma-data above 0')
+    classes = given.get('classes', dataset.classes)
+    if classes not in (0, dataset.classes):
+        raise BadInput(f'--classes {classes}: {args.data} has {dataset.classes} classes; type 0 to ignore them')
+    return cfg | {
+        'stage': 'train', 'method': args.method, 'model': args.model, 'data': str(args.data), 'kind': dataset.kind,
+        'count': dataset.count, 'resolution': dataset.resolution, 'channels': dataset.channels, 'classes': classes,
+        'class_names': dataset.class_names if classes else [], 'steps': args.steps, 'batch': args.batch,
+        'lr_decay': args.lr_decay, 'seed': args.seed, 'sigma_data': args.sigma_data, 'ema_step': 0}
+
+
+# ------------------------------------------------------------------------------- checkpoints, written and found
+
+MAY_DIFFER = ('data', 'steps', 'class_names', 'tuned_from')                   # between a run and its continuation
+
+
+def save(path, state):
+    """Write a file complete or not at all: a temporary name, flushed to disk, then renamed."""
+    temporary = f'{path}.tmp{os.getpid()}'
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+
+
+def newest_checkpoint(out, cfg):
+    """(path, state) of the newest checkpoint in `out` that is whole; (None, None) if there is none at all.
+
+    Raises BadInput if all are damaged, or if it is another run's.
+    """
+    found = sorted(out.glob('[0-9]' * 7 + '*.pt'), reverse=True)
+    for path in found:
+        try:
+            state = model.read_checkpoint(path)
+        except BadInput as mistake:
+            print(f'passed over: {mistake}')
+            continue
+        theirs = state['config']
+        differ = [f'{name} was {theirs.get(name)!r} and is now {cfg.get(name)!r}' for name in sorted(cfg | theirs)
+                  if name not in MAY_DIFFER and theirs.get(name) != cfg.get(name)]
+        if differ:
+            raise BadInput(f'{path} is of another configuration ({"; ".join(differ[:4])}): choose another --out, or '
+                           f'type the command it was made with')
+        return path, state
+    if found:
+        raise BadInput(f'none of the {len(found)} checkpoints in {out} is whole: remove them to start anew')
+    return None, None
+
+
+# ------------------------------------------------------------------------------------------- now and then
+
+@torch.no_grad()
+def evaluate(net, cfg, dataset, batch, rank, world, precision):
+    """Held-out loss by noise level, through the inference path, and MC-DiT's collapse measure where it applies.
+
+    {'held_out': 8 numbers}, one for each of EVAL_SIGMAS, and for mcdit in training `collapse_encoder` and
+    `collapse_patches`: rms(D - D_zeroed) / rms(D). Noise and masks are the same each time; images are shared
+    out over the processes.
+    """
+    device, n = net.pos.device, dataset.held_out
+    shape = (n, cfg['channels'], cfg['resolution'], cfg['resolution'])
+    shares = cfg['stage'] == 'train' and cfg['method'] == 'mcdit'
+    def normal(*purpose):
+        return torch.randn(shape, generator=model.generator(device, cfg['seed'], 'held-out', *purpose), device=device)
+    mine = np.arange(n)[rank::world]
+    raw, y = dataset.rows(dataset.trained + mine)
+    x0 = dataset.to_input(raw.to(device), normal('latent')[mine])
+    y = y.to(device)
+    order = model.draw(cfg, 'held-out', n, device)['order'][mine]
+    sums = torch.zeros(len(EVAL_SIGMAS), 4, dtype=torch.float64, device=device)   # loss; output, encoder, patches
+    for j, level in enumerate(EVAL_SIGMAS):
+        noise = normal(j)[mine]
+        for rows in torch.arange(len(mine)).split(batch):
+            x, labels, sigma = x0[rows], y[rows], torch.full((len(rows),), level, device=device)
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                D = model.denoise(net, x + level * noise[rows], sigma, labels, cfg['sigma_data'])
+                sums[j, 0] += (model.loss_weight(sigma, cfg['sigma_data']) * (D - x) ** 2).sum()
+                if shares:
+                    draws = {'sigma': sigma, 'noise': noise[rows], 'order': order[rows],
+                             'drop': torch.zeros_like(labels, dtype=torch.bool)}
+                    parts = model.collapse(net, x, labels, draws, cfg)
+                    sums[j, 1:] += torch.stack([parts['output'], parts['encoder'], parts['patches']])
+    if world > 1:
+        dist.all_reduce(sums)
+    result = {'held_out': (sums[:, 0] / math.prod(shape)).tolist()}
+    if shares:
+        result['collapse_encoder'] = (sums[:, 2] / sums[:, 1]).sqrt().tolist()
+        result['collapse_patches'] = (sums[:, 3] / sums[:, 1]).sqrt().tolist()
+    return result
+
+
+def preview(net, cfg, path, n, precision):
+    """A picture of what `net` makes of fixed noise."""
+    allowed = list(range(max(cfg['classes'], 1)))
+    labels = [sample.label_of(cfg['seed'], i, allowed, balanced=True) for i in range(n)]
+    x = sample.generate(net, cfg, cfg['seed'], range(n), labels, PREVIEW_STEPS, precision=precision)
+    names = cfg['class_names'] or [''] * len(allowed)
+    data.save_grid(path, sample.picture(x), [names[k] for k in labels], columns=min(n, 10))
+
+
+def show(result):
+    """The lines that `evaluate`'s numbers make on the screen."""
+    titles = {'held_out': 'held-out loss', 'collapse_encoder': 'rests on encoder', 'collapse_patches': 'rests on patches'}
+    lines = ['  sigma            ' + ''.join(f'{sigma:9.3g}' for sigma in EVAL_SIGMAS)]
+    lines += [f'  {title:17}' + ''.join(f'{value:9.4f}' for value in result[name])
+              for name, title in titles.items() if name in result]
+    return '\n'.join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------- loop
+
+def where_am_i():
+    """(rank, world, device), with the process group set up if torchrun started us."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return rank, world, device
+
+
+def check(args, cfg, world):
+    """What does not depend on files. Raises BadInput."""
+    share = world * args.accumulate
+    if min(args.batch, args.accumulate, args.steps, args.log_every, args.eval_every, args.save_every) < 1 \
+            or args.preview < 0 or cfg['seed'] < 0:
+        raise BadInput('--steps, --batch, --accumulate and the three --...-every must be at least 1, --preview and '
+                       '--seed at least 0')
+    if args.batch % share:
+        raise BadInput(f'--batch {args.batch} cannot be shared by {world} processes times --accumulate {args.accumulate}: '
+                       f'type a multiple of {share}, such as {args.batch // share * share + share}')
+    if not 0 <= args.lr_decay <= 1 or not 0 < cfg['lr'] < math.inf:
+        raise BadInput('--lr-decay must be between 0 and 1, and --lr above 0')
+
+
+def train(args, cfg, dataset, start=None):
+    """Train what `cfg` says until args.steps; the same for train.py and finetune.py.
+
+    `start` (model weights, EMA weights) replaces the initialisation where args.out has no checkpoint yet.
+    Returns the path of the last checkpoint. Raises BadInput.
+    """
+    rank, world, device = where_am_i()
+    check(args, cfg, world)
+    precision = sample.pick_precision(args.precision, device)
+    micro = args.batch // world // args.accumulate
+    out = pathlib.Path(args.out)
+
+    # the network, its two shadows (ema: what is sampled from; teacher: what the loss consults), the optimizer
+    torch.manual_seed(cfg['seed'])
+    net = model.Net(cfg)
+    if cfg['mask_ratio']:
+        model.visible_count(net.grid ** 2, cfg['mask_ratio'])
+    ema = copy.deepcopy(net)
+    if start:
+        net.load_state_dict(start[0])
+        ema.load_state_dict(start[1])
+    net, ema = net.to(device), ema.to(device).eval().requires_grad_(False)
+    teacher = model.make_teacher(net, cfg)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg['lr'], betas=(0.9, 0.999), weight_decay=0, fused=True)
+
+    # resume: process 0 chooses the checkpoint, so that all take the same
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / 'log.jsonl', 'a'):
+            pass                                                              # now, not at the first checkpoint
+    except OSError as error:
+        raise BadInput(f'cannot write to --out {out}: {error.strerror}') from None
+    path, state = newest_checkpoint(out, cfg) if rank == 0 else (None, None)
+    step = torch.tensor([state['step'] if state else 0], device=device)
+    if world > 1:
+        dist.broadcast(step, 0)
+    step = step.item()
+    if step:
+        state = state or model.read_checkpoint(out / f'{step:07d}.pt')
+        net.load_state_dict(state['model'])
+        ema.load_state_dict(state['ema'])
+        if teacher is not None:
+            teacher.load_state_dict(state['teacher'])
+        optimizer.load_state_dict(state['opt'])
+    student = net
+    if world > 1:
+        student = DistributedDataParallel(net, [device] if device.type == 'cuda' else None, broadcast_buffers=False,
+                                          gradient_as_bucket_view=True)
+
+    # the header, which is the first line of the log as well
+    commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=pathlib.Path(__file__).parent,
+                            capture_output=True, text=True).stdout.strip()
+    hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    count = sum(p.numel() for p in net.parameters())
+    branch = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
+    lines = log = None
+    if rank == 0:
+        lines = {
+            'method': cfg['method'] + (', unmasked tuning' if cfg['stage'] == 'tune' else f', {cfg["mask_ratio"]:.0%} masked'),
+            'network': f'{cfg["model"]}, {count:,} parameters' + (f' and {branch:,} in the EMA network' if branch else ''),
+            'data': f'{cfg["data"]}: {dataset.trained:,} {cfg["kind"]} and {dataset.held_out:,} held out, {cfg["channels"]} x '
+                    f'{cfg["resolution"]} x {cfg["resolution"]}, {cfg["classes"] or "no"} classes',
+            'device': f'{world} x {hardware}, {precision}',
+            'batch': f'{args.batch} = {world} x {micro} x {args.accumulate} (processes x images x accumulation)',
+            'steps': f'{step} to {args.steps}',
+            'versions': f'torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}',
+            'commit': commit or 'unknown', 'seed': cfg['seed'], 'config': cfg}
+        print(''.join(f'{name:10}{value}\n' for name, value in lines.items() if name != 'config'), end='', flush=True)
+        if step:
+            print(f'resumes   {path}')
+            keep = [line for line in read_log(out) if line.get('step', 0) <= step]
+            (out / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in keep))
+        log = open(out / 'log.jsonl', 'a' if step else 'w', buffering=1)
+        if not step:
+            log.write(json.dumps(lines) + '\n')
+
+    # the loop
+    def now_and_then(step):
+        result = evaluate(ema, cfg, dataset, micro, rank, world, precision)
+        if rank == 0:
+            log.write(json.dumps({'step': step, 'sigma': EVAL_SIGMAS} | result) + '\n')
+            tqdm.write(show(result))
+            if args.preview:
+                preview(ema, cfg, out / f'samples-{step:07d}.png', args.preview, precision)
+
+    def checkpoint(step):
+        if rank == 0:
+            save(out / f'{step:07d}.pt', {
+                'model': net.state_dict(), 'ema': ema.state_dict(), 'teacher': teacher.state_dict() if teacher is not None else None,
+                'opt': optimizer.state_dict(), 'step': step, 'config': cfg})
+            for old in sorted(out.glob('[0-9]' * 7 + '*.pt'))[:-2]:
+                old.unlink()
+        if world > 1:
+            dist.barrier()
+
+    if step == 0 and start:
+        now_and_then(0)                                                       # tuning: before and after
+    method_loss = model.dit_loss if cfg['stage'] == 'tune' else model.METHODS[cfg['method']]['loss']
+    sums, since = {}, 0
+    clock = time.perf_counter()
+    bar = tqdm(range(step, args.steps), initial=step, total=args.steps, disable=rank > 0 or None, unit='step')
+    for step in bar:
+        decay = args.lr_decay * args.steps
+        lr = cfg['lr'] * (min(1.0, (args.steps - step) / decay) if decay else 1.0)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+
+        # this step's images and random numbers are those of the whole batch; each process takes its rows
+        indices = data.batch_indices(cfg['seed'], step, args.batch, dataset.trained)
+        draws = model.draw(cfg, step, args.batch, device)
+        normal = None
+        if cfg['kind'] == 'moments':
+            normal = torch.randn(draws['noise'].shape, generator=model.generator(device, cfg['seed'], step, 'latent'), device=device)
+        for k in range(args.accumulate):
+            first = (k * world + rank) * micro
+            rows = slice(first, first + micro)
+            raw, y = dataset.rows(indices[rows])
+            x = dataset.to_input(raw.to(device), None if normal is None else normal[rows])
+            last = k + 1 == args.accumulate
+            with contextlib.nullcontext() if last or world == 1 else student.no_sync():
+                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                    loss, parts = method_loss(student, teacher, x, y.to(device), {name: value[rows] for name, value in draws.items()}, cfg)
+                (loss / args.accumulate).backward()
+            for name, value in ({'loss': loss.detach()} | parts).items():
+                sums[name] = sums.get(name, 0) + value / args.accumulate
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        sums['grad_norm'] = sums.get('grad_norm', 0) + grad_norm
+        optimizer.step()
+        optimizer.zero_grad()
+        model.update_ema(ema, net, model.ema_decay(cfg['ema_step'] + step))
+        if teacher is not None:
+            model.update_ema(teacher, net, model.METHODS[cfg['method']]['teacher_decay'])
+
+        step, since = step + 1, since + 1                                     # from here: steps done
+        done = step == args.steps
+        if step % args.log_every == 0 or done:
+            means = torch.stack(list(sums.values())) / since                  # the only wait for the device
+            if world > 1:
+                dist.all_reduce(means)
+            if rank == 0:
+                speed = since * args.batch / (time.perf_counter() - clock)
+                line = {'step': step} | dict(zip(sums, (means / world).tolist())) | {'lr': lr, 'images_per_s': round(speed, 2)}
+                log.write(json.dumps(line) + '\n')
+                left = time.strftime('%H:%M:%S', time.gmtime((args.steps - step) * args.batch / speed))
+                days = int((args.steps - step) * args.batch / speed // 86400)
+                tqdm.write(f'step {step}/{args.steps}  ' + '  '.join(f'{name} {line[name]:.4f}' for name in sums)
+                           + f'  {speed:.0f} images/s  {f"{days} d " if days else ""}{left} left')
+            sums, since, clock = {}, 0, time.perf_counter()
+        if step % args.eval_every == 0 or done:
+            now_and_then(step)
+            clock = time.perf_counter()
+        if step % args.save_every == 0 or done:
+            checkpoint(step)
+            clock = time.perf_counter()
+
+    path = out / f'{step:07d}.pt'
+    if rank == 0:
+        log.close()
+        if args.export:
+            save(args.export, {'ema': ema.state_dict(), 'step': step, 'config': cfg})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
+        if device.type == 'cuda':
+            peak = torch.cuda.max_memory_allocated() / 2 ** 30
+        print(f'done: {path}, peak memory {peak:.1f} GiB')
+    return path
+
+
+def read_log(out):
+    """The lines of `out`/log.jsonl as dictionaries; a last line that a kill cut short is left out."""
+    lines = []
+    for line in (out / 'log.jsonl').read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def main(argv=None):
+    args = parse(argv)
+    dataset = data.open_data(args.data)
+    return train(args, configuration(args, dataset), dataset)
+
+
+if __name__ == '__main__':
+    try:
+        main()
+    except (BadInput, data.BadInput) as mistake:
+        print(f'train.py: {mistake}', file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
