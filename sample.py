@@ -2,7 +2,7 @@
 
     python sample.py out/0400000.pt                                      # 16 pictures in out/0400000-samples.png
     python sample.py out/0400000.pt --n 50 --class 3 7 --cfg 4           # of two classes
-    torchrun --nproc_per_node 4 sample.py out/0400000.pt --n 50000 --npz out/50k.npz      # for evaluation
+    torchrun --nproc_per_node 4 sample.py out/0400000.pt -n 50000 --npz out/50k.npz       # for evaluation
 
 Image i of a seed has the same noise and the same label whatever the batch size and the number of processes.
 The .npz is what ADM's evaluation reads: `arr_0` uint8 (n, H, W, 3), `arr_1` labels, and beside them `settings`,
@@ -139,7 +139,8 @@ def pick_precision(name, device):
 def parse(argv):
     parser = argparse.ArgumentParser(description='Noise to pictures.', allow_abbrev=False)
     parser.add_argument('checkpoint', help='file of train.py or finetune.py')
-    parser.add_argument('--n', type=int, default=16, help='number of images')
+    parser.add_argument('-n', '--n', type=int, default=16, help='number of images (under torchrun -n, which before '
+                        'Python 3.12 takes --n for an option of its own)')
     parser.add_argument('--steps', type=int, default=40, help='steps of the sampler; 2 n - 1 evaluations')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--class', type=int, nargs='+', dest='classes', help='only these classes')

@@ -103,11 +103,11 @@ def configuration(args, dataset):
     classes = given.get('classes', dataset.classes)
     if classes not in (0, dataset.classes):
         raise BadInput(f'--classes {classes}: {args.data} has {dataset.classes} classes; type 0 to ignore them')
-    return cfg | {
+    return {
         'stage': 'train', 'method': args.method, 'model': args.model, 'data': str(args.data), 'kind': dataset.kind,
         'count': dataset.count, 'resolution': dataset.resolution, 'channels': dataset.channels, 'classes': classes,
         'class_names': dataset.class_names if classes else [], 'steps': args.steps, 'batch': args.batch,
-        'lr_decay': args.lr_decay, 'seed': args.seed, 'sigma_data': args.sigma_data, 'ema_step': 0}
+        'lr_decay': args.lr_decay, 'seed': args.seed, 'sigma_data': args.sigma_data, 'ema_step': 0} | cfg
 
 
 # ------------------------------------------------------------------------------- checkpoints, written and found
@@ -141,10 +141,10 @@ def newest_checkpoint(out, cfg):
             print(f'passed over: {mistake}')
             continue
         theirs = state['config']
-        differ = [f'{name} was {theirs.get(name)!r} and is now {cfg.get(name)!r}' for name in sorted(cfg | theirs)
+        differ = [f'{name} was {theirs.get(name)!r} and is now {cfg.get(name)!r}' for name in theirs | cfg
                   if name not in MAY_DIFFER and theirs.get(name) != cfg.get(name)]
         if differ:
-            raise BadInput(f'{path} is of another configuration ({"; ".join(differ[:4])}): choose another --out, or '
+            raise BadInput(f'{path} is of another configuration ({"; ".join(differ[:3])}): choose another --out, or '
                            f'type the command it was made with')
         return path, state
     if found:
@@ -175,8 +175,10 @@ def evaluate(net, cfg, dataset, batch, rank, world, precision):
     sums = torch.zeros(len(EVAL_SIGMAS), 4, dtype=torch.float64, device=device)   # loss; output, encoder, patches
     for j, level in enumerate(EVAL_SIGMAS):
         noise = normal(j)[mine]
-        for rows in torch.arange(len(mine)).split(batch):
-            x, labels, sigma = x0[rows], y[rows], torch.full((len(rows),), level, device=device)
+        for first in range(0, len(mine), batch):
+            rows = slice(first, first + batch)
+            x, labels = x0[rows], y[rows]
+            sigma = torch.full((len(x),), level, device=device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
                 D = model.denoise(net, x + level * noise[rows], sigma, labels, cfg['sigma_data'])
                 sums[j, 0] += (model.loss_weight(sigma, cfg['sigma_data']) * (D - x) ** 2).sum()
@@ -288,8 +290,7 @@ def train(args, cfg, dataset, start=None):
         optimizer.load_state_dict(state['opt'])
     student = net
     if world > 1:
-        student = DistributedDataParallel(net, [device] if device.type == 'cuda' else None, broadcast_buffers=False,
-                                          gradient_as_bucket_view=True)
+        student = DistributedDataParallel(net, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
 
     # the header, which is the first line of the log as well
     commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=pathlib.Path(__file__).parent,

@@ -1,0 +1,239 @@
+"""sample.py: the sampler against exact solutions, guidance, and image i being image i."""
+
+import json
+import math
+import pathlib
+import runpy
+
+import numpy as np
+import pytest
+import torch
+from conftest import config, randomise
+from PIL import Image
+
+import data
+import model
+import sample
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A random network of T/2 on 3 x 8 x 8, 10 classes, saved as train.py does."""
+    def make(name='x.pt', **changes):
+        cfg = config(**changes)
+        torch.save({'ema': randomise(model.Net(cfg)).state_dict(), 'step': 1, 'config': cfg}, tmp_path / name)
+        return tmp_path / name
+    return make
+
+
+# ------------------------------------------------------------------------------------------------- sampler
+
+def test_noise_levels():
+    t = sample.noise_levels(40)
+    assert len(t) == 41 and t[-1] == 0 and t.dtype == torch.float64
+    assert t[0].item() == pytest.approx(80) and t[39].item() == pytest.approx(0.002)
+    for i in range(40):                                                       # EDM eq. 5
+        assert t[i].item() == pytest.approx((80 ** (1 / 7) + i / 39 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
+
+
+def gaussian(s):
+    """The exact denoiser of data N(0, s^2), and the exact end of the ODE that starts at unit noise z."""
+    return (lambda x, sigma: s ** 2 / (s ** 2 + sigma ** 2) * x), lambda z: 80 * z * s / math.sqrt(s ** 2 + 80 ** 2)
+
+
+def test_sampler_is_of_second_order():
+    """Halving the steps quarters the error, where the solution is known."""
+    D, exact = gaussian(0.5)
+    z = torch.linspace(-2, 2, 8, dtype=torch.float64).reshape(2, 1, 2, 2)
+    ends = [sample.edm_sampler(D, z, steps) for steps in (40, 80, 160)]
+    errors = [(end - exact(z)).abs().max().item() for end in ends]
+    assert 3.5 < errors[0] / errors[1] < 4.5 and 3.5 < errors[1] / errors[2] < 4.5
+    limit = (4 * ends[2] - ends[1]) / 3                                       # Richardson: the h^2 term gone
+    assert (limit - exact(z)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('steps, evaluations', [(2, 3), (18, 35), (40, 79)])
+def test_evaluations(steps, evaluations):
+    D, _ = gaussian(0.5)
+    levels = []
+    sample.edm_sampler(lambda x, sigma: levels.append(sigma) or D(x, sigma), torch.ones(1, 1, 1, 1, dtype=torch.float64), steps)
+    assert len(levels) == evaluations
+
+
+def test_the_state_keeps_its_precision():
+    for dtype in (torch.float32, torch.float64):
+        seen = []
+        D, _ = gaussian(0.5)
+        x = sample.edm_sampler(lambda x, sigma: seen.append(x.dtype) or D(x, sigma), torch.ones(1, 1, 1, 1, dtype=dtype), 4)
+        assert x.dtype == dtype and set(seen) == {dtype}
+
+
+def test_churn_puts_back_as_much_noise_as_it_says():
+    """Algorithm 2 leaves the distribution as it is: data of deviation 0.5 come out, within 5 standard errors."""
+    D, _ = gaussian(0.5)
+    rng = torch.Generator().manual_seed(0)
+    normal = lambda: torch.randn(20_000, 1, 1, 1, generator=rng, dtype=torch.float64)
+    z = normal()
+    x = sample.edm_sampler(D, z, 40, S_churn=40.0, fresh_noise=normal)
+    plain = sample.edm_sampler(D, z, 40)
+    assert x.std().item() == pytest.approx(plain.std().item(), rel=5 / math.sqrt(2 * 20_000) + 0.01)
+    assert np.corrcoef(x.flatten(), plain.flatten())[0, 1] < 0.5              # and it did put noise in
+    half = sample.edm_sampler(D, z, 40, S_churn=40.0, S_noise=0.0, fresh_noise=normal)
+    assert half.std() < 0.45                                                  # levels raised, no noise added
+
+
+def test_churn_only_between_S_min_and_S_max():
+    D, _ = gaussian(0.5)
+    z = torch.ones(2, 1, 2, 2, dtype=torch.float64)
+    asked = []
+    fresh = lambda: asked.append(1) or torch.zeros_like(z)
+    sample.edm_sampler(D, z, 20, S_churn=5.0, S_min=0.1, S_max=1.0, fresh_noise=fresh)
+    t = sample.noise_levels(20)
+    assert len(asked) == ((t >= 0.1) & (t <= 1.0)).sum()
+    levels = []
+    sample.edm_sampler(lambda x, s: levels.append(s) or D(x, s), z, 20, S_churn=100.0, fresh_noise=fresh)
+    assert levels[0] == pytest.approx(80 * math.sqrt(2))                      # gamma is capped at sqrt(2) - 1
+
+
+@pytest.mark.parametrize('steps', [1, 0, -3])
+def test_too_few_steps_are_refused(steps):
+    with pytest.raises(data.BadInput, match='at least 2'):
+        sample.noise_levels(steps)
+
+
+# ------------------------------------------------------------------------------------------------ guidance
+
+def test_guidance_is_on_every_channel_and_in_one_call():
+    cfg = config(channels=4)
+    net = randomise(model.Net(cfg).double())
+    x, y = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 5, 9])
+    sigma = torch.full((3,), 0.7, dtype=torch.float64)
+    with torch.no_grad():
+        D_y = model.denoise(net, x, sigma, y, 0.5)
+        D_null = model.denoise(net, x, sigma, torch.full((3,), 10), 0.5)
+    calls = []
+    counted = lambda *args: calls.append(len(args[0])) or net(*args)
+    with torch.no_grad():
+        D_w = sample.guided(counted, y, 3.0, cfg)(x, 0.7)
+    assert calls == [6]
+    assert torch.allclose(D_w, D_null + 3 * (D_y - D_null), atol=1e-12)
+    assert ((D_w - D_y).abs().amax((0, 2, 3)) > 1e-3).all()
+
+
+def test_weight_one_is_no_guidance():
+    cfg = config()
+    net = randomise(model.Net(cfg).double())
+    kwargs = dict(seed=0, indices=[0, 1], labels=[3, 4], steps=4)
+    plain = sample.generate(net, cfg, w=1.0, **kwargs)
+    assert (plain - sample.generate(net, cfg, w=1 + 1e-12, **kwargs)).abs().max() < 1e-9
+    assert (plain - sample.generate(net, cfg, w=3.0, **kwargs)).abs().max() > 1e-2
+
+
+# ----------------------------------------------------------------------------------------- image i is image i
+
+def test_image_i_does_not_depend_on_the_batch():
+    cfg = config()
+    net = randomise(model.Net(cfg))
+    labels = [sample.label_of(0, i, list(range(10)), False) for i in range(6)]
+    for churn in ({}, {'S_churn': 10.0}):
+        whole = sample.generate(net, cfg, 0, range(6), labels, 5, 2.0, **churn)
+        for batch in ([4], [5, 2], [0, 1, 2, 3]):
+            part = sample.generate(net, cfg, 0, batch, [labels[i] for i in batch], 5, 2.0, **churn)
+            levels = data.to_uint8(part).int() - data.to_uint8(whole[batch]).int()
+            assert levels.abs().max() <= 1
+            assert (part - whole[batch]).abs().max() < 1e-3
+        assert (whole[0] - whole[1]).abs().max() > 0.1
+
+
+def test_noise_of_an_image_is_bit_equal_and_of_unit_variance():
+    a, b = (sample.noise_source(3, 8).standard_normal((3, 8, 8)) for _ in range(2))
+    assert np.array_equal(a, b)
+    many = np.stack([sample.noise_source(3, i).standard_normal(64) for i in range(1000)])
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+    assert not np.array_equal(many[0], sample.noise_source(4, 0).standard_normal(64))
+
+
+def test_labels():
+    allowed = [2, 5, 7]
+    assert [sample.label_of(0, i, allowed, True) for i in range(5)] == [2, 5, 7, 2, 5]
+    random = [sample.label_of(0, i, allowed, False) for i in range(3000)]
+    assert random == [sample.label_of(0, i, allowed, False) for i in range(3000)]
+    counts = np.bincount(random, minlength=8)[allowed]
+    assert counts.sum() == 3000 and abs(counts - 1000).max() < 130            # 5 standard errors
+
+
+# ------------------------------------------------------------------------------------------------- command
+
+def test_npz_png_and_grid(checkpoint, tmp_path):
+    path = checkpoint()
+    arguments = [str(path), '--n', '5', '--steps', '3', '--batch', '2', '--seed', '4', '--precision', 'fp32']
+    sample.main([*arguments, '--npz', str(tmp_path / 'a.npz'), '--png', str(tmp_path / 'png'), '--class', '3', '7', '--balanced'])
+    with np.load(tmp_path / 'a.npz') as file:
+        images, labels, settings = file['arr_0'], file['arr_1'], json.loads(str(file['settings']))
+    assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 3) and labels.tolist() == [3, 7, 3, 7, 3]
+    assert settings['labels'] == 'balanced' and settings['steps'] == 3 and settings['cfg'] == 1.0
+    for i in range(5):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / 'png' / f'{i:06d}.png')), images[i])
+    net, cfg = model.load_net(path)
+    again = data.to_uint8(sample.generate(net, cfg, 4, range(5), labels.tolist(), 3)).permute(0, 2, 3, 1).numpy()
+    assert abs(again.astype(int) - images).max() <= 1
+    assert Image.open(tmp_path / 'x-samples.png').size[0] > 5 * 64
+    assert not list(tmp_path.glob('*partial*')) + list(tmp_path.glob('*tmp*'))
+
+
+def test_labels_at_random_are_said_to_be(checkpoint, tmp_path):
+    sample.main([str(checkpoint()), '--n', '3', '--steps', '2', '--npz', str(tmp_path / 'a.npz')])
+    with np.load(tmp_path / 'a.npz') as file:
+        assert json.loads(str(file['settings']))['labels'] == 'uniform at random'
+        assert file['arr_1'].tolist() == [sample.label_of(0, i, list(range(10)), False) for i in range(3)]
+
+
+def test_unconditional_and_latent_checkpoints(checkpoint, tmp_path):
+    sample.main([str(checkpoint(classes=0, class_names=[])), '--n', '2', '--steps', '2', '--out', str(tmp_path / 'u.png')])
+    sample.main([str(checkpoint(channels=4)), '--n', '2', '--steps', '2', '--out', str(tmp_path / 'l.png')])
+    assert (tmp_path / 'u.png').exists() and (tmp_path / 'l.png').exists()
+
+
+def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
+    path = checkpoint()
+    state = torch.load(path, weights_only=True)
+    state['ema']['final.linear.bias'][:] = torch.nan
+    torch.save(state, path)
+    with pytest.raises(data.BadInput, match='not finite'):
+        sample.main([str(path), '--n', '2', '--steps', '2', '--npz', str(tmp_path / 'a.npz')])
+    assert [file.name for file in tmp_path.iterdir()] == ['x.pt']
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['x.pt', '--steps', '1'], 'at least 2 steps'),
+    (['x.pt', '--n', '0'], 'at least 1'),
+    (['x.pt', '--class', '10'], 'classes 0 to 9'),
+    (['u.pt', '--class', '1'], 'without classes'),
+    (['u.pt', '--cfg', '2'], 'needs classes'),
+    (['l.pt', '--npz', 'a.npz'], 'latents of 4 channels'),
+    (['x.pt', '--npz', 'there.npz'], 'exists already'),
+    (['x.pt', '--png', 'full'], 'not empty'),
+    (['x.pt', '--n', '1', '--steps', '2', '--npz', 'file/a.npz'], 'cannot write'),
+    (['x.pt', '--n', '1', '--steps', '2', '--out', 'file/a.png'], 'cannot write'),
+    (['x.pt', '--n', '1', '--steps', '2', '--png', 'file/png'], 'cannot write'),
+    (['none.pt'], 'no checkpoint'),
+    (['there.npz'], 'not a checkpoint'),
+    (['x.pt', '--precision', 'fp8'], 'invalid choice'),
+    (['x.pt', '--step', '3'], 'unrecognized arguments')])
+def test_refusals_exit_with_2_and_write_nothing(argv, words, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint('x.pt')
+    checkpoint('u.pt', classes=0, class_names=[])
+    checkpoint('l.pt', channels=4)
+    (tmp_path / 'there.npz').write_bytes(b'precious')
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'a').write_text('')
+    before = sorted(tmp_path.rglob('*'))
+    monkeypatch.setattr('sys.argv', ['sample.py', *argv])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(sample.__file__, run_name='__main__')
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and 'Traceback' not in error
+    assert sorted(tmp_path.rglob('*')) == before
+    assert pathlib.Path('there.npz').read_bytes() == b'precious'
