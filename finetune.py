@@ -39,7 +39,7 @@ def parse(argv):
 
 def without_fill(weights):
     """Weights of the network that masks nothing: all but the parameters that fill masked slots."""
-    return {name: value for name, value in weights.items() if not name.startswith(model.FILL_PARAMETERS)}
+    return {name: value for name, value in weights.items() if not name.startswith(model.TRAINING_ONLY)}
 
 
 def main(argv=None):

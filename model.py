@@ -1,8 +1,9 @@
 """What is the network, what fills its holes, and what is minimised?
 
 The reference is MC-DiT: "Contextual Enhancement via Clean-to-Clean Reconstruction for Masked Diffusion
-Models" (NeurIPS 2024), beside the systems it is compared with: DiT (Peebles & Xie 2022) and MaskDiT
-(Zheng et al. 2024). All are trained under EDM (Karras et al. 2022), so that only the masking differs.
+Models" (NeurIPS 2024), beside the systems it is compared with: DiT (Peebles & Xie 2022), MaskDiT (Zheng et
+al. 2024), MDT (Gao et al. 2023) and SD-DiT (Zhu et al. 2024). All are trained under EDM (Karras et al. 2022),
+so that only the masking differs.
 
 An encoder sees the visible noisy tokens alone. Before the decoder, every masked slot must be filled with
 something, and what fills it is the whole difference between the methods:
@@ -10,9 +11,11 @@ something, and what fills it is the whole difference between the methods:
     method    a masked slot is filled with      ratio  decoder            minimised               EMA network
     dit       (nothing is masked)               0      final layer only   denoise                 -
     maskdit   one learned mask token            0.5    8 blocks x 512     denoise + reconstruct   -
+    mdt       tokens that a side block makes    0.3    its last 2 blocks  denoise, twice          -
+    sddit     the noisy patch itself, embedded  0.2    8 blocks x 512     denoise + discriminate  encoder, head
     mcdit     the clean patch itself, embedded  0.5    8 blocks x 512     clean + noise + 2 con   the decoder
 
-The table `METHODS` at the end of this file has the same rows. Another method costs a branch in `Net.fill`,
+The table `METHODS` at the end of this file has the same rows. A sixth method costs a branch in `Net.fill`,
 a loss, and a row.
 
 Letters used for shapes:
@@ -26,6 +29,7 @@ import math
 import zipfile
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
@@ -105,9 +109,13 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero: at initialisation every gate is zero and it is the identity."""
+    """A transformer block with adaLN-Zero: at initialisation every gate is zero and it is the identity.
 
-    def __init__(self, width, heads, c_width):
+    With `grid`, MDT's: attention gets a learned bias for each head and each offset between two tokens of a
+    grid x grid image, and `forward` the `index` of every pair's offset, (N, N) or (B, K, K).
+    """
+
+    def __init__(self, width, heads, c_width, grid=None):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
@@ -115,19 +123,21 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
         self.modulation = nn.Linear(c_width, 6 * width)
+        self.bias = nn.Parameter(torch.zeros((2 * grid - 1) ** 2, heads)) if grid else None
 
-    def attention(self, x):
+    def attention(self, x, index):
         B, N, n = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # (B, heads, N, n/heads)
-        x = functional.scaled_dot_product_attention(q, k, v)
+        bias = None if self.bias is None else self.bias.to(q.dtype)[index].movedim(-1, -3)  # (.., heads, N, N)
+        x = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(B, N, n))
 
     def mlp(self, x):
         return self.fc2(functional.gelu(self.fc1(x), approximate='tanh'))
 
-    def forward(self, x, c):
+    def forward(self, x, c, index=None):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(functional.silu(c)).chunk(6, dim=1)
-        x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a))
+        x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a), index)
         return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
 
 
@@ -160,7 +170,35 @@ class NoiseEmbedding(nn.Module):
         return self.fc2(functional.silu(self.fc1(wave)))
 
 
+class Head(nn.Module):
+    """SD-DiT's projection head: tokens (.., d) -> cosines in [-1, 1] with K = 8192 prototypes, in float32."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2048)
+        self.fc2 = nn.Linear(2048, 2048)
+        self.fc3 = nn.Linear(2048, 256)
+        self.prototypes = nn.Parameter(torch.zeros(PROTOTYPES, 256))
+
+    def forward(self, tokens):
+        with torch.autocast(tokens.device.type, enabled=False):               # bfloat16 here ends in NaN
+            x = layer_norm(tokens.to(self.prototypes.dtype))
+            x = self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(x)))))
+            return functional.linear(functional.normalize(x, dim=-1), functional.normalize(self.prototypes, dim=-1))
+
+
 # ------------------------------------------------------------------------------------------------ network
+
+PROTOTYPES = 8192                             # SD-DiT's K
+OWN_DECODER = 2                               # MDT: this many of the encoder's own blocks are its decoder
+
+
+def relative_index(g):
+    """Which row of MDT's bias table belongs to query i and key j: (N, N), (dy + g-1)(2g-1) + (dx + g-1)."""
+    at = torch.arange(g * g)
+    dy, dx = (at[:, None] // g - at // g), (at[:, None] % g - at % g)
+    return (dy + g - 1) * (2 * g - 1) + dx + g - 1
+
 
 class Net(nn.Module):
     """F, the raw network inside the denoiser D of EDM eq. 7.
@@ -178,27 +216,36 @@ class Net(nn.Module):
             raise BadInput(f'patches of {p} do not divide a picture of {cfg["resolution"]} x {cfg["resolution"]}: '
                            f'choose another patch in --model, or data of another size')
         method = METHODS[cfg['method']]
-        self.patch, self.channels = p, cfg['channels']
+        own = method['decoder'] == 'own'                                      # MDT: no narrow decoder, but learned
+        self.patch, self.channels = p, cfg['channels']                        # positions and biased attention
         self.grid, P = cfg['resolution'] // p, p * p * cfg['channels']
+        if own:
+            depth, d_depth, e, d_heads = depth - OWN_DECODER, OWN_DECODER, d, heads
+            self.register_buffer('relative', relative_index(self.grid), persistent=False)
+        bias_grid = self.grid if own else None
 
         self.t_embed = NoiseEmbedding(d)
         self.y_embed = nn.Embedding(cfg['classes'] + 1, d) if cfg['classes'] else None   # last row: label dropped
         self.patch_embed = nn.Linear(P, d)
-        self.pos = nn.Parameter(position_table(self.grid, d), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(d, heads, d) for _ in range(depth))
+        self.pos = nn.Parameter(position_table(self.grid, d), requires_grad=own)
+        self.cls = nn.Parameter(torch.zeros(1, 1, d)) if cfg['method'] == 'sddit' else None
+        self.blocks = nn.ModuleList(Block(d, heads, d, bias_grid) for _ in range(depth))
 
-        self.bridge = None
+        self.bridge = ModulatedLinear(d, e, d) if method['decoder'] == 'narrow' else None
         if method['decoder']:
-            self.bridge = ModulatedLinear(d, e, d)
-            self.decoder_pos = nn.Parameter(position_table(self.grid, e), requires_grad=False)
-            self.decoder_blocks = nn.ModuleList(Block(e, d_heads, d) for _ in range(d_depth))
+            self.decoder_pos = nn.Parameter(position_table(self.grid, e), requires_grad=own)
+            self.decoder_blocks = nn.ModuleList(Block(e, d_heads, d, bias_grid) for _ in range(d_depth))
         self.final = ModulatedLinear(e if method['decoder'] else d, P, d)
 
-        fill = method['fill'] if cfg['stage'] == 'train' else None            # see FILL_PARAMETERS
-        if fill == 'token':
+        fill = method['fill'] if cfg['stage'] == 'train' else None            # see TRAINING_ONLY
+        if fill in ('token', 'side'):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, e))
-        elif fill == 'clean':
+        if fill == 'side':
+            self.side_block = Block(e, d_heads, d, bias_grid)
+        if fill in ('noisy', 'clean'):
             self.fill_embed = nn.Linear(P, e)
+        if cfg['method'] == 'sddit' and cfg['stage'] == 'train':
+            self.head = Head(d)
         initialise(self)
 
     def condition(self, c_noise, y):
@@ -206,32 +253,41 @@ class Net(nn.Module):
         return c if self.y_embed is None else c + self.y_embed(y)             # (B, d)
 
     def encode(self, patches, c, visible=None):
-        """The visible tokens of noisy patches (B, N, P), through the encoder: (B, K, d)."""
-        pos = self.pos.expand(len(patches), -1, -1)                           # (B, N, d)
+        """The visible tokens of noisy patches (B, N, P), through the encoder: (B, K, d); SD-DiT: (B, 1 + K, d)."""
+        pos, index = self.pos.expand(len(patches), -1, -1), getattr(self, 'relative', None)  # (B, N, d), (N, N)
         if visible is not None:
             patches, pos = take(patches, visible), take(pos, visible)         # (B, K, P), (B, K, d)
+            index = None if index is None else index[visible[:, :, None], visible[:, None, :]]    # (B, K, K)
         tokens = self.patch_embed(patches) + pos                              # (B, K, d)
+        if self.cls is not None:                                              # SD-DiT's [CLS]: never masked
+            tokens = torch.cat([self.cls.expand(len(tokens), -1, -1), tokens], dim=1)    # (B, 1 + K, d)
         for block in self.blocks:
-            tokens = block(tokens, c)                                         # (B, K, d)
+            tokens = block(tokens, c, index)                                  # (B, K, d)
         return tokens
 
-    def fill(self, tokens, visible, patches, gain=1.0):
-        """All N slots of the decoder: `tokens` (B, K, e) where visible, what the method puts elsewhere."""
+    def fill(self, tokens, visible, patches, c, gain=1.0):
+        """All N slots of the decoder, positions added: `tokens` (B, K, e) where visible, elsewhere what the
+        method puts there. `visible` None: there is no hole."""
+        if visible is None:
+            return tokens + self.decoder_pos                                  # (B, N, e)
         if hasattr(self, 'mask_token'):
             slots = self.mask_token.expand(len(tokens), self.grid ** 2, -1)   # (B, N, e)
         else:
             slots = self.fill_embed(patches)                                  # (B, N, e)
-        return put(gain * slots.to(tokens.dtype), visible, tokens)            # (B, N, e)
+        slots = put(gain * slots.to(tokens.dtype), visible, tokens) + self.decoder_pos   # (B, N, e)
+        if hasattr(self, 'side_block'):                                       # MDT's side-interpolater, then its
+            made = self.side_block(slots, c, self.relative)                   # masked shortcut: visible slots
+            slots = put(made, visible, take(slots, visible).to(made.dtype))   # keep their own
+        return slots
 
     def decode(self, tokens, c):
         """Filled tokens (B, N, e) -> values (B, N, P)."""
-        tokens = tokens + self.decoder_pos                                    # (B, N, e)
         for block in self.decoder_blocks:
-            tokens = block(tokens, c)                                         # (B, N, e)
+            tokens = block(tokens, c, getattr(self, 'relative', None))        # (B, N, e)
         return self.final(tokens, c)                                          # (B, N, P)
 
     def forward(self, x, c_noise, y=None, visible=None, patches=None, gains=(1.0, 1.0)):
-        """F (B, C, H, W) in at least float32, and the conditioning c (B, d).
+        """F (B, C, H, W) in at least float32, the conditioning c (B, d), and SD-DiT's logits (B, 1 + K, 8192).
 
         x         (B, C, H, W)  the noisy image, already scaled by c_in
         c_noise   (B,)          ln(sigma) / 4
@@ -243,17 +299,20 @@ class Net(nn.Module):
         x, c_noise = x.to(self.pos.dtype), c_noise.to(self.pos.dtype)
         c = self.condition(c_noise, y)                                        # (B, d)
         tokens = self.encode(patchify(x, self.patch), c, visible)             # (B, K, d)
-        if self.bridge is None:
-            values = self.final(tokens, c)                                    # (B, N, P)
-        else:
+        logits = self.head(tokens) if hasattr(self, 'head') and visible is not None else None
+        if self.cls is not None:
+            tokens = tokens[:, 1:]                                            # (B, K, d)
+        if self.bridge is not None:
             tokens = gains[0] * self.bridge(tokens, c)                        # (B, K, e)
-            if visible is not None:
-                tokens = self.fill(tokens, visible, patches, gains[1])        # (B, N, e)
-            values = self.decode(tokens, c)                                   # (B, N, P)
-        return unpatchify(values, self.patch, self.channels).to(self.pos.dtype), c
+        if hasattr(self, 'decoder_blocks'):
+            values = self.decode(self.fill(tokens, visible, patches, c, gains[1]), c)    # (B, N, P)
+        else:
+            values = self.final(tokens, c)                                    # (B, N, P)
+        return unpatchify(values, self.patch, self.channels).to(self.pos.dtype), c, logits
 
 
-FILL_PARAMETERS = ('mask_token', 'fill_embed.')                               # name prefixes, absent when tuning
+TRAINING_ONLY = ('mask_token', 'fill_embed.', 'side_block.', 'head.')         # name prefixes; tuning and sampling
+                                                                              # have no slot to fill
 
 
 def initialise(net):
@@ -264,7 +323,8 @@ def initialise(net):
             nn.init.zeros_(module.bias)
     small = [net.t_embed.fc1.weight, net.t_embed.fc2.weight]
     small += [net.y_embed.weight] if net.y_embed is not None else []
-    small += [net.mask_token] if hasattr(net, 'mask_token') else []
+    small += [p for name, p in net.named_parameters()
+              if name in ('mask_token', 'cls', 'head.prototypes') or name.endswith('.bias') and p.ndim == 2]
     for weight in small:
         nn.init.normal_(weight, std=0.02)
     for name, module in net.named_modules():
@@ -292,20 +352,68 @@ class EMADecoder(nn.Module):
 
     def forward(self, x, c):
         """F_ema (B, C, H, W) of an image whose every token is embedded and none encoded."""
-        values = self.decode(self.fill_embed(patchify(x, self.patch)), c)     # (B, N, P)
+        tokens = self.fill_embed(patchify(x, self.patch)) + self.decoder_pos  # (B, N, e)
+        values = self.decode(tokens, c)                                       # (B, N, P)
         return unpatchify(values, self.patch, self.channels).to(self.decoder_pos.dtype)
+
+
+class EMAEncoder(nn.Module):
+    """SD-DiT's teacher: an EMA copy of the encoder and the head, and the centers of what it says.
+
+    Each center follows the teacher's mean logits, over the batches of all processes, once an optimizer step.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.patch = net.patch
+        for name in ('t_embed', 'y_embed', 'patch_embed', 'pos', 'cls', 'blocks', 'head'):
+            setattr(self, name, copy.deepcopy(getattr(net, name)))
+        self.register_buffer('centers', torch.zeros(2, PROTOTYPES))           # of [CLS], of patches
+        self.register_buffer('seen', torch.zeros(2, PROTOTYPES), persistent=False)   # since the last update
+        self.calls = 0
+
+    condition, encode = Net.condition, Net.encode
+
+    def forward(self, x, c_noise, y):
+        """Logits (B, 1 + N, 8192) of images that hide nothing; their means are remembered for the centers."""
+        x, c_noise = x.to(self.pos.dtype), c_noise.to(self.pos.dtype)
+        logits = self.head(self.encode(patchify(x, self.patch), self.condition(c_noise, y)))
+        self.seen += torch.stack([logits[:, 0].mean(0), logits[:, 1:].mean((0, 1))])
+        self.calls += 1
+        return logits
+
+    @torch.no_grad()
+    def update_centers(self):
+        mean = self.seen / self.calls
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.centers.lerp_(mean, 1 - CENTER_MOMENTUM)
+        self.seen.zero_()
+        self.calls = 0
 
 
 def make_teacher(net, cfg):
     """The second shadow of `net` that the method's loss consults, or None. No gradient ever reaches it."""
-    if cfg['stage'] == 'tune' or cfg['method'] != 'mcdit' or not (cfg['lambda_con1'] or cfg['lambda_con2']):
-        return None
-    if cfg['teacher_encoder']:                                                # MC-DiT Table 12
-        teacher = copy.deepcopy(net)
-        del teacher.fill_embed                                                # it runs on all tokens: no holes
-    else:
-        teacher = EMADecoder(net)
-    return teacher.requires_grad_(False)
+    teacher = None
+    if cfg['stage'] == 'train' and cfg['method'] == 'sddit':
+        teacher = EMAEncoder(net)
+    elif cfg['stage'] == 'train' and cfg['method'] == 'mcdit' and (cfg['lambda_con1'] or cfg['lambda_con2']):
+        if cfg['teacher_encoder']:                                            # MC-DiT Table 12
+            teacher = copy.deepcopy(net)
+            del teacher.fill_embed                                            # it runs on all tokens: no holes
+        else:
+            teacher = EMADecoder(net)
+    return teacher if teacher is None else teacher.requires_grad_(False)
+
+
+def update_teacher(teacher, net, step, cfg):
+    """What follows the optimizer's step number `step`, counted from 0."""
+    decay = BRANCH_DECAY
+    if cfg['method'] == 'sddit':
+        decay = teacher_momentum(step / cfg['steps'])
+        teacher.update_centers()
+    update_ema(teacher, net, decay)
 
 
 @torch.no_grad()
@@ -319,6 +427,15 @@ def update_ema(shadow, net, decay):
 def ema_decay(step, decay=0.9999):
     """Decay of the sampling weights: short while the network still changes fast."""
     return min(decay, (1 + step) / (10 + step))
+
+
+BRANCH_DECAY = 0.999                          # MC-DiT's EMA decoder
+CENTER_MOMENTUM = 0.9                         # SD-DiT's centers
+
+
+def teacher_momentum(progress):
+    """SD-DiT's teacher: from 0.996 to 0.999 by a cosine as progress goes from 0 to 1."""
+    return 0.999 - 0.003 * (1 + math.cos(math.pi * progress)) / 2
 
 
 # -------------------------------------------------------------------------------------------- EDM, Table 1
@@ -349,7 +466,7 @@ def denoise(net, x, sigma, y, sd):
     x (B, C, H, W), sigma (B,), y (B,); the result has the precision of x.
     """
     c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
-    F, _ = net(c_in * x, c_noise, y)
+    F, *_ = net(c_in * x, c_noise, y)
     return c_skip * x + c_out * F
 
 
@@ -369,18 +486,20 @@ def draw(cfg, step, batch, device='cpu'):
 
     sigma (B,)    noise    noise (B, C, H, W) of unit variance    drop (B,) bool: forget the label
     order (B, N)  a permutation of the tokens; its first K are visible
+    noise2, drop2 where the method looks at the images twice    progress (B,)  step / steps, the same in all rows
     """
     def rng(purpose):
         return generator(device, cfg['seed'], step, purpose)
 
     C, H, p = cfg['channels'], cfg['resolution'], parse_size(cfg['model'])[2]
     normal = torch.randn(batch, generator=rng('sigma'), device=device)
-    return {
-        'sigma': (P_MEAN + P_STD * normal).exp(),
-        'noise': torch.randn(batch, C, H, H, generator=rng('noise'), device=device),
-        'drop': torch.rand(batch, generator=rng('drop'), device=device) < LABEL_DROPOUT,
-        'order': torch.rand(batch, (H // p) ** 2, generator=rng('order'), device=device).argsort(1),
-    }
+    draws = {'sigma': (P_MEAN + P_STD * normal).exp(),
+             'order': torch.rand(batch, (H // p) ** 2, generator=rng('order'), device=device).argsort(1),
+             'progress': torch.full((batch,), step / cfg['steps'], device=device)}
+    for again in ('', '2') if METHODS[cfg['method']]['looks_twice'] and cfg['stage'] == 'train' else ('',):
+        draws['noise' + again] = torch.randn(batch, C, H, H, generator=rng('noise' + again), device=device)
+        draws['drop' + again] = torch.rand(batch, generator=rng('drop' + again), device=device) < LABEL_DROPOUT
+    return draws
 
 
 # ---------------------------------------------------------------------------------------------- the losses
@@ -389,8 +508,8 @@ def draw(cfg, step, batch, device='cpu'):
 # labels, draws as above with B rows. `parts` are detached numbers for the log. The net may be wrapped (by
 # DistributedDataParallel, by the compiler), so it is only ever called.
 
-def drop_labels(y, draws, cfg):
-    return torch.where(draws['drop'], cfg['classes'], y)
+def drop_labels(y, draws, cfg, again=''):
+    return torch.where(draws['drop' + again], cfg['classes'], y)
 
 
 def split_tokens(draws, cfg):
@@ -426,12 +545,69 @@ def maskdit_loss(net, teacher, x0, y, draws, cfg):
     visible, masked = split_tokens(draws, cfg)
     c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
     xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
-    F, _ = net(c_in * xt, c_noise, drop_labels(y, draws, cfg), visible)
+    F, *_ = net(c_in * xt, c_noise, drop_labels(y, draws, cfg), visible)
     D = c_skip * xt + c_out * F
     denoised = mean_over(loss_weight(sigma, sd) * (D - x0) ** 2, visible, p)
     rebuilt = mean_over((D - patch_norm(xt, p)) ** 2, masked, p)              # the noise makes this one hard:
     loss = denoised + MASKDIT_LAMBDA * rebuilt                                # no weight on it
     return loss, {'denoise': denoised.detach(), 'reconstruct': rebuilt.detach()}
+
+
+def mdt_loss(net, teacher, x0, y, draws, cfg):
+    """DiT's loss over all tokens, twice: nothing masked, then masked. The same images and noise levels, other
+    noise and other dropped labels. MDT eq. 5 and section 3.4, under EDM."""
+    sigma, sd = draws['sigma'], cfg['sigma_data']
+    visible, _ = split_tokens(draws, cfg)
+    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+    parts = {}
+    for name, again, seen in (('full', '', None), ('masked', '2', visible)):
+        xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise' + again]
+        F, *_ = net(c_in * xt, c_noise, drop_labels(y, draws, cfg, again), seen)
+        D = c_skip * xt + c_out * F
+        parts[name] = (loss_weight(sigma, sd) * (D - x0) ** 2).mean()
+    return parts['full'] + parts['masked'], {name: part.detach() for name, part in parts.items()}
+
+
+TEACHER_SIGMA = 0.002                         # SD-DiT: the teacher sees nearly clean images
+STUDENT_TEMPERATURE = 0.1
+
+
+def teacher_temperature(progress):
+    """From 0.04 to 0.07 over the first tenth of training."""
+    return 0.04 + 0.03 * (progress / 0.1).clamp(max=1)
+
+
+def cross_entropy(logits, said, temperature):
+    """H(P_T, P_S) and H(P_T) for each token, (.., K) -> (..): the student's logits against what the teacher said.
+    SD-DiT eq. 11. `temperature` is the teacher's, and broadcasts."""
+    log_P = (said / temperature).log_softmax(-1)
+    crossed = -(log_P.exp() * (logits / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)
+    return crossed, -(log_P.exp() * log_P).sum(-1)
+
+
+def sddit_loss(net, teacher, x0, y, draws, cfg):
+    """L_G, DiT's loss over all tokens, and L_D, which asks the student's visible tokens and [CLS] to say what the
+    teacher says of the nearly clean image. SD-DiT eq. 9 to 12."""
+    sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
+    visible, _ = split_tokens(draws, cfg)
+    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+    y = drop_labels(y, draws, cfg)
+    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
+    F, _, logits = net(c_in * xt, c_noise, y, visible, patchify(c_in * xt, p))
+    D = c_skip * xt + c_out * F
+    generate = (loss_weight(sigma, sd) * (D - x0) ** 2).mean()
+
+    with torch.no_grad():
+        _, _, c_in, c_noise = precondition(torch.full_like(sigma, TEACHER_SIGMA), sd)
+        centers = teacher.centers.clone()                                     # those of the steps before
+        said = teacher(c_in * (x0 + TEACHER_SIGMA * draws['noise2']), c_noise, y)        # (B, 1 + N, 8192)
+        said = torch.cat([said[:, :1] - centers[0], take(said[:, 1:], visible) - centers[1]], dim=1)
+    crossed, entropy = cross_entropy(logits, said, teacher_temperature(draws['progress']).view(-1, 1, 1))
+    discriminate = crossed[:, 0].mean() + crossed[:, 1:].mean()               # [CLS] + patches, eq. 12
+    parts = {'generate': generate, 'discriminate': discriminate,              # a collapsed teacher shows in the
+             'teacher_entropy': entropy[:, 1:].mean(),                        # entropy: ln 8192 = 9.01 or 0, and
+             'kl': (crossed - entropy)[:, 1:].mean()}                         # in a kl of 0
+    return generate + discriminate, {name: part.detach() for name, part in parts.items()}
 
 
 TOKEN_GAINS = {'both': (1.0, 1.0), 'noisy': (1.0, 0.0), 'clean': (0.0, 1.0)}  # MC-DiT Table 10
@@ -448,7 +624,7 @@ def mcdit_student(net, x0, y, draws, cfg, gains):
     y = drop_labels(y, draws, cfg)
     xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
     x_in = unpatchify(put(patchify(x0, p), visible, take(patchify(xt, p), visible)), p, x0.shape[1])
-    F, c = net(c_in * xt, c_noise, y, visible, patchify(x0 / sd, p), gains)   # 1/sd is c_in at sigma = 0
+    F, c, _ = net(c_in * xt, c_noise, y, visible, patchify(x0 / sd, p), gains)  # 1/sd is c_in at sigma = 0
     return c_skip * x_in + c_out * F, c, xt, y, (visible, masked)
 
 
@@ -475,7 +651,7 @@ def mcdit_loss(net, teacher, x0, y, draws, cfg):
         inputs = torch.cat([c_in * x if name == 'con1' else x / sd for name, x in uses])    # (2B, C, H, W)
         with torch.no_grad():
             if cfg['teacher_encoder']:
-                F, _ = teacher(inputs, c_noise.repeat(len(uses)), y.repeat(len(uses)))
+                F, *_ = teacher(inputs, c_noise.repeat(len(uses)), y.repeat(len(uses)))
             else:
                 F = teacher(inputs, c.repeat(len(uses), 1))
         for (name, x), F_ema in zip(uses, F.chunk(len(uses))):
@@ -503,11 +679,15 @@ def collapse(net, x0, y, draws, cfg):
 
 
 METHODS = {
-    'dit': dict(fill=None, decoder=False, loss=dit_loss, teacher_decay=None,
+    'dit': dict(fill=None, decoder=None, loss=dit_loss, looks_twice=False,
                 defaults=dict(mask_ratio=0.0, lr=1e-4)),
-    'maskdit': dict(fill='token', decoder=True, loss=maskdit_loss, teacher_decay=None,
+    'maskdit': dict(fill='token', decoder='narrow', loss=maskdit_loss, looks_twice=False,
                     defaults=dict(mask_ratio=0.5, lr=1e-4)),
-    'mcdit': dict(fill='clean', decoder=True, loss=mcdit_loss, teacher_decay=0.999,
+    'mdt': dict(fill='side', decoder='own', loss=mdt_loss, looks_twice=True,
+                defaults=dict(mask_ratio=0.3, lr=3e-4)),
+    'sddit': dict(fill='noisy', decoder='narrow', loss=sddit_loss, looks_twice=True,
+                  defaults=dict(mask_ratio=0.2, lr=1e-4)),
+    'mcdit': dict(fill='clean', decoder='narrow', loss=mcdit_loss, looks_twice=False,
                   defaults=dict(mask_ratio=0.5, lr=1e-4, lambda_noise=0.1, lambda_con1=0.1, lambda_con2=0.05,
                                 tokens='both', all_clean=False, teacher_encoder=False)),
 }
@@ -523,7 +703,7 @@ def read_checkpoint(path):
             broken = archive.testzip()                                        # the archive's CRC-32s do
         if broken:
             raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)    # 11 GB at XL: as it is read
     except FileNotFoundError:
         raise BadInput(f'there is no checkpoint {path}: give a file such as out/0010000.pt') from None
     except OSError as error:

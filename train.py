@@ -112,7 +112,7 @@ def configuration(args, dataset):
 
 # ------------------------------------------------------------------------------- checkpoints, written and found
 
-MAY_DIFFER = ('data', 'steps', 'class_names', 'tuned_from')                   # between a run and its continuation
+MAY_DIFFER = ('data', 'class_names', 'tuned_from')                            # between a run and its continuation
 
 
 def save(path, state):
@@ -141,8 +141,9 @@ def newest_checkpoint(out, cfg):
             print(f'passed over: {mistake}')
             continue
         theirs = state['config']
+        steps = () if cfg['lr_decay'] or cfg['method'] == 'sddit' else ('steps',)    # no schedule: may be prolonged
         differ = [f'{name} was {theirs.get(name)!r} and is now {cfg.get(name)!r}' for name in theirs | cfg
-                  if name not in MAY_DIFFER and theirs.get(name) != cfg.get(name)]
+                  if name not in MAY_DIFFER + steps and theirs.get(name) != cfg.get(name)]
         if differ:
             raise BadInput(f'{path} is of another configuration ({"; ".join(differ[:3])}): choose another --out, or '
                            f'type the command it was made with')
@@ -171,7 +172,8 @@ def evaluate(net, cfg, dataset, batch, rank, world, precision):
     raw, y = dataset.rows(dataset.trained + mine)
     x0 = dataset.to_input(raw.to(device), normal('latent')[mine])
     y = y.to(device)
-    order = model.draw(cfg, 'held-out', n, device)['order'][mine]
+    order = torch.rand(n, net.grid ** 2, generator=model.generator(device, cfg['seed'], 'held-out', 'order'),
+                       device=device).argsort(1)[mine]
     sums = torch.zeros(len(EVAL_SIGMAS), 4, dtype=torch.float64, device=device)   # loss; output, encoder, patches
     for j, level in enumerate(EVAL_SIGMAS):
         noise = normal(j)[mine]
@@ -375,7 +377,7 @@ def train(args, cfg, dataset, start=None):
         optimizer.zero_grad()
         model.update_ema(ema, net, model.ema_decay(cfg['ema_step'] + step))
         if teacher is not None:
-            model.update_ema(teacher, net, model.METHODS[cfg['method']]['teacher_decay'])
+            model.update_teacher(teacher, net, step, cfg)
 
         step, since = step + 1, since + 1                                     # from here: steps done
         done = step == args.steps

@@ -26,14 +26,14 @@ def count(module):
 
 @pytest.mark.parametrize('method, size, parameters', [
     ('dit', 'S', 32_957_200), ('dit', 'B', 130_500_112), ('dit', 'L', 458_086_416), ('dit', 'XL', 675_111_184),
-    ('maskdit', 'XL', 730_542_352), ('mcdit', 'XL', 730_550_544)])
+    ('maskdit', 'XL', 730_542_352), ('mcdit', 'XL', 730_550_544),
+    ('mdt', 'S', 35_790_814), ('mdt', 'B', 141_475_756), ('mdt', 'XL', 699_758_304)])
 def test_parameter_counts(method, size, parameters):
     cfg = config(method, model=f'{size}/2', resolution=32, channels=4, classes=1000)
     with torch.device('meta'):
         net = model.Net(cfg)
         teacher = model.make_teacher(net, cfg)
     assert count(net) == parameters
-    assert (teacher is not None) == (method == 'mcdit')
     if teacher is not None:
         assert count(teacher) == 54_736_400
         assert count(net) + count(teacher) == 785_286_944                     # the paper: 786 M
@@ -52,7 +52,7 @@ def test_every_size_and_patch_builds(size, patch):
     with torch.device('meta'):
         cfg = config(model=f'{size}/{patch}', resolution=16)
         net = model.Net(cfg)
-        F, _ = net(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+        F, *_ = net(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     assert F.shape == (1, 3, 16, 16)
 
 
@@ -163,7 +163,7 @@ def plain_net(net, x, c_noise, y, visible=None, patches=None):
     def gelu(v):
         return 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v ** 3)))
 
-    def run(block, tokens, c):
+    def run(block, tokens, c, slots):
         sa, ca, ga, sm, cm, gm = linear(block.modulation, silu(c)).chunk(6)
         width = len(tokens[0])
         size = width // block.heads
@@ -174,6 +174,9 @@ def plain_net(net, x, c_noise, y, visible=None, patches=None):
             for h in range(block.heads):
                 part = lambda j, what: qkv[j][what * width + h * size:what * width + (h + 1) * size]
                 scores = torch.stack([part(i, 0) @ part(j, 1) / math.sqrt(size) for j in range(len(tokens))])
+                if block.bias is not None:                                    # by offset in rows and columns, query minus key
+                    offset = lambda a, b: (a // g - b // g + g - 1) * (2 * g - 1) + a % g - b % g + g - 1
+                    scores = scores + torch.stack([block.bias[offset(slots[i], slots[j]), h] for j in range(len(tokens))])
                 heads.append(sum(a * part(j, 2) for j, a in enumerate(scores.softmax(0))))
             mixed.append(torch.cat(heads))
         tokens = [t + ga * linear(block.proj, m) for t, m in zip(tokens, mixed)]
@@ -195,17 +198,25 @@ def plain_net(net, x, c_noise, y, visible=None, patches=None):
             i, j = s // g * p, s % g * p
             values = torch.stack([x[b, ch, i + u, j + v] for u in range(p) for v in range(p) for ch in range(C)])
             tokens.append(linear(net.patch_embed, values) + net.pos[0, s])
+        if net.cls is not None:
+            tokens = [net.cls[0, 0], *tokens]
         for block in net.blocks:
-            tokens = run(block, tokens, c)
+            tokens = run(block, tokens, c, slots)
+        if net.cls is not None:
+            tokens = tokens[1:]
         if net.bridge is not None:
             tokens = [last(net.bridge, t, c) for t in tokens]
+        if hasattr(net, 'decoder_blocks'):
             full = dict(zip(slots, tokens))
             for s in range(g * g):
                 if s not in full:
                     full[s] = net.mask_token[0, 0] if hasattr(net, 'mask_token') else linear(net.fill_embed, patches[b, s])
             tokens = [full[s] + net.decoder_pos[0, s] for s in range(g * g)]
+            if hasattr(net, 'side_block') and visible is not None:
+                made = run(net.side_block, tokens, c, range(g * g))
+                tokens = [tokens[s] if s in slots else made[s] for s in range(g * g)]
             for block in net.decoder_blocks:
-                tokens = run(block, tokens, c)
+                tokens = run(block, tokens, c, range(g * g))
         for s, t in enumerate(tokens):
             i, j = s // g * p, s % g * p
             values = last(net.final, t, c)
@@ -237,18 +248,18 @@ def test_all_tokens_visible_in_any_order_is_the_unmasked_path(method):
     net, _ = build(cfg)
     x, y = images(cfg)
     c_noise = torch.randn(4, dtype=torch.float64)
-    whole, _ = net(x, c_noise, y)
+    whole, *_ = net(x, c_noise, y)
     if method == 'dit':
         return
     order = draws(cfg)['order']
-    masked, _ = net(x, c_noise, y, order, model.patchify(x, 2))
+    masked, *_ = net(x, c_noise, y, order, model.patchify(x, 2))
     assert whole.abs().max() > 0.1
     assert (whole - masked).abs().max() < 1e-10
 
 
-def test_what_fills_a_slot_matters_for_clean_patches_only():
-    for method, changes in (('maskdit', False), ('mcdit', True)):
-        cfg = config(method)
+def test_what_fills_a_slot_matters_where_it_is_a_patch():
+    for method, changes in (('maskdit', False), ('mdt', False), ('sddit', True), ('mcdit', True)):
+        cfg = config(method, mask_ratio=0.5)
         net, _ = build(cfg)
         x, y = images(cfg)
         visible, masked = model.split_tokens(draws(cfg), cfg)
@@ -317,6 +328,23 @@ def slow_terms(method, cfg, net, teacher, x, y, made):
         if method == 'dit':
             D = c_skip * xt + c_out * net(c_in * xt, c_noise, label)[0]
             add('loss', (w * (D - x0) ** 2).mean())
+        elif method == 'mdt':
+            for name, again, seen_by in (('full', '', None), ('masked', '2', visible)):
+                xt = x0 + s * made['noise' + again][b:b + 1]
+                label = torch.tensor([10 if made['drop' + again][b] else y[b]])
+                D = c_skip * xt + c_out * net(c_in * xt, c_noise, label, seen_by)[0]
+                add(name, (w * (D - x0) ** 2).mean())
+        elif method == 'sddit':
+            F, _, logits = net(c_in * xt, c_noise, label, visible, model.patchify(c_in * xt, p))
+            add('generate', (w * (c_skip * xt + c_out * F - x0) ** 2).mean())
+            clear = (x0 + 0.002 * made['noise2'][b:b + 1]) / math.sqrt(0.002 ** 2 + sd ** 2)
+            said = teacher(clear, torch.tensor([math.log(0.002) / 4], dtype=torch.float64), label)
+            temperature = 0.04 + 0.03 * min(1, made['progress'][b].item() / 0.1)
+            for name, student, guide in [('cls', 0, said[0, 0] - teacher.centers[0])] + [
+                    ('patches', 1 + k, said[0, 1 + token] - teacher.centers[1]) for k, token in enumerate(seen)]:
+                P = (guide / temperature).softmax(0)
+                share = 1 if name == 'cls' else 1 / len(seen)
+                add(name, -share * (P * (logits[0, student] / 0.1).log_softmax(0)).sum())
         elif method == 'maskdit':
             D = c_skip * xt + c_out * net(c_in * xt, c_noise, label, visible)[0]
             target = torch.zeros_like(xt)
@@ -331,7 +359,7 @@ def slow_terms(method, cfg, net, teacher, x, y, made):
                 i, j = k // 4 * p, k % 4 * p
                 x_in[0, :, i:i + p, j:j + p] = x0[0, :, i:i + p, j:j + p]
             gains = {'both': (1, 1), 'noisy': (1, 0), 'clean': (0, 1)}[cfg['tokens']]
-            F, c = net(c_in * xt, c_noise, label, visible, model.patchify(x0 / sd, p), gains)
+            F, c, _ = net(c_in * xt, c_noise, label, visible, model.patchify(x0 / sd, p), gains)
             D = c_skip * x_in + c_out * F
             if cfg['teacher_encoder']:
                 F_noisy, F_clean = teacher(c_in * xt, c_noise, label)[0], teacher(x0 / sd, c_noise, label)[0]
@@ -379,16 +407,18 @@ def test_mcdit_loss(changes, total):
     assert parts.keys() == expected - {n for n in ('con1', 'con2') if not cfg['lambda_' + n]}
 
 
-@pytest.mark.parametrize('method', ['dit', 'maskdit'])
-def test_other_losses(method):
-    cfg = config(method)
+@pytest.mark.parametrize('method, total', [
+    ('dit', lambda t: t['loss']), ('maskdit', lambda t: t['denoise'] + 0.1 * t['reconstruct']),
+    ('mdt', lambda t: t['full'] + t['masked']), ('sddit', lambda t: t['generate'] + t['cls'] + t['patches'])])
+def test_other_losses(method, total):
+    cfg = config(method, steps=100)                                           # draws() is of step 3: warm-up not over
     net, teacher = build(cfg)
+    if method == 'sddit':
+        teacher.centers.normal_(generator=torch.Generator().manual_seed(0))
     x, y = images(cfg)
     made = draws(cfg)
-    loss, parts = model.METHODS[method]['loss'](net, teacher, x, y, made, cfg)
-    terms = slow_terms(method, cfg, net, teacher, x, y, made)
-    total = terms['loss'] if method == 'dit' else terms['denoise'] + 0.1 * terms['reconstruct']
-    assert loss.item() == pytest.approx(total.item(), rel=1e-10)
+    loss, _ = model.METHODS[method]['loss'](net, teacher, x, y, made, cfg)
+    assert loss.item() == pytest.approx(total(slow_terms(method, cfg, net, teacher, x, y, made)).item(), rel=1e-9)
 
 
 def test_weighted_con1_is_the_mean_squared_difference_of_F():
@@ -411,7 +441,7 @@ def test_expected_noise_loss_of_a_perfect_answer_is_the_mean_of_n_squared():
         c_skip, c_out, _, _ = model.precondition(made['sigma'], 0.5)
         xt = x + made['sigma'].view(-1, 1, 1, 1) * made['noise']
         x_in = model.unpatchify(model.put(model.patchify(x, 2), visible, model.take(model.patchify(xt, 2), visible)), 2, 3)
-        return (x - c_skip * x_in) / c_out, torch.zeros(4, 192, dtype=torch.float64)
+        return (x - c_skip * x_in) / c_out, torch.zeros(4, 192, dtype=torch.float64), None
 
     cfg |= {'lambda_con1': 0.0, 'lambda_con2': 0.0}
     _, parts = model.mcdit_loss(oracle, None, x, y, made, cfg)
@@ -456,7 +486,7 @@ def test_tuning_builds_no_fill_and_every_parameter_gets_a_gradient():
     for method in METHODS:
         cfg = config(method, stage='tune', mask_ratio=0.0)
         net, teacher = build(cfg)
-        assert teacher is None and not any(n.startswith(model.FILL_PARAMETERS) for n, _ in net.named_parameters())
+        assert teacher is None and not any(n.startswith(model.TRAINING_ONLY) for n, _ in net.named_parameters())
         x, y = images(cfg)
         loss, _ = model.dit_loss(net, None, x, y, draws(cfg), cfg)
         loss.backward()
@@ -466,6 +496,8 @@ def test_tuning_builds_no_fill_and_every_parameter_gets_a_gradient():
 def test_only_what_the_method_uses_is_built():
     names = {m: {n.split('.')[0] for n, _ in model.Net(config(m)).named_parameters()} for m in METHODS}
     assert names['maskdit'] - names['dit'] == {'bridge', 'decoder_pos', 'decoder_blocks', 'mask_token'}
+    assert names['mdt'] - names['dit'] == {'decoder_pos', 'decoder_blocks', 'mask_token', 'side_block'}
+    assert names['sddit'] - names['dit'] == {'bridge', 'decoder_pos', 'decoder_blocks', 'fill_embed', 'cls', 'head'}
     assert names['mcdit'] - names['dit'] == {'bridge', 'decoder_pos', 'decoder_blocks', 'fill_embed'}
     assert 'y_embed' not in {n.split('.')[0] for n, _ in model.Net(config(classes=0)).named_parameters()}
 
@@ -474,9 +506,9 @@ def storages(module):
     return {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
 
 
-@pytest.mark.parametrize('changes', [{}, {'teacher_encoder': True}])
-def test_teacher_has_no_gradient_and_no_alias(changes):
-    cfg = config(**changes)
+@pytest.mark.parametrize('method, changes', [('mcdit', {}), ('mcdit', {'teacher_encoder': True}), ('sddit', {})])
+def test_teacher_has_no_gradient_and_no_alias(method, changes):
+    cfg = config(method, **changes)
     net = randomise(model.Net(cfg).double())
     teacher = model.make_teacher(net, cfg)
     for name, p in teacher.named_parameters():
@@ -484,7 +516,7 @@ def test_teacher_has_no_gradient_and_no_alias(changes):
         assert not p.requires_grad
     assert not storages(net) & storages(teacher)
     x, y = images(cfg)
-    loss, _ = model.mcdit_loss(net, teacher, x, y, draws(cfg), cfg)
+    loss, _ = model.METHODS[method]['loss'](net, teacher, x, y, draws(cfg), cfg)
     loss.backward()
     assert all(p.grad is None for p in teacher.parameters())
 
@@ -496,6 +528,9 @@ def test_teacher_parts():
     assert parts(model.make_teacher(net, config())) == {'fill_embed', 'decoder_blocks', 'final'}
     assert parts(model.make_teacher(net, config(teacher_encoder=True))) == parts(net) - {'fill_embed'}
     assert model.make_teacher(net, config(lambda_con1=0.0, lambda_con2=0.0)) is None
+    net = model.Net(config('sddit'))
+    encoder = {'t_embed', 'y_embed', 'patch_embed', 'pos', 'cls', 'blocks', 'head'}
+    assert parts(model.make_teacher(net, config('sddit'))) == encoder
 
 
 def test_the_two_branches_are_one_network_run_once(monkeypatch):
@@ -523,17 +558,20 @@ def test_two_branches_kept_apart_would_stay_equal():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
 
 
-def test_ema_update_is_exact():
-    cfg = config()
+@pytest.mark.parametrize('method, decay', [('mcdit', 0.999), ('sddit', 0.9975)])
+def test_teacher_update_is_exact(method, decay):
+    cfg = config(method)
     net = randomise(model.Net(cfg).double())
     teacher = model.make_teacher(net, cfg)
+    x, y = images(cfg)
+    model.METHODS[method]['loss'](net, teacher, x, y, draws(cfg), cfg)
     old = {n: p.clone() for n, p in teacher.named_parameters()}
     randomise(net, seed=9)
-    model.update_ema(teacher, net, 0.999)
+    model.update_teacher(teacher, net, 5, cfg)                                # half way through 10 steps
     new = dict(net.named_parameters())
     for name, p in teacher.named_parameters():
-        assert torch.allclose(p, 0.999 * old[name] + 0.001 * new[name], rtol=0, atol=1e-15)
-        assert not torch.equal(p, old[name])
+        assert torch.allclose(p, decay * old[name] + (1 - decay) * new[name], rtol=0, atol=1e-15)
+        assert name.endswith('pos') or not torch.equal(p, old[name])
 
 
 def test_ema_warm_up():
@@ -561,6 +599,145 @@ def test_a_dropped_label_is_the_last_row():
     made['drop'][:] = False
     losses = [model.dit_loss(net, None, x, labels, made, cfg)[0] for labels in (y, (y + 1) % 10)]
     assert losses[0] != losses[1]
+
+
+# ----------------------------------------------------------------------------------------------------- MDT
+
+def test_relative_index():
+    assert model.relative_index(2).tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+    for g in (2, 5, 16):
+        index = model.relative_index(g)
+        assert (index + index.T == 2 * (2 * g - 1) * (g - 1) + 2 * (g - 1)).all()
+        assert index.min() == 0 and index.max() == (2 * g - 1) ** 2 - 1 and len(index.unique()) == (2 * g - 1) ** 2
+    assert (index + index.T == 960).all() and (index.diagonal() == 480).all()
+
+
+def test_masked_shortcut():
+    """Visible slots keep the encoder's output plus the second position table, to the bit; masked ones do not."""
+    cfg = config('mdt')
+    net, _ = build(cfg)
+    visible, masked = model.split_tokens(draws(cfg), cfg)
+    tokens, c = torch.randn(4, visible.shape[1], 192, dtype=torch.float64), torch.randn(4, 192, dtype=torch.float64)
+    slots = net.fill(tokens, visible, None, c)
+    assert torch.equal(model.take(slots, visible), tokens + net.decoder_pos[0][visible])
+    assert (model.take(slots, masked) - net.mask_token - net.decoder_pos[0][masked]).abs().amin() > 0
+
+
+def test_mdt_positions_and_biases_are_learned():
+    cfg = config('mdt')
+    net, _ = build(cfg)
+    x, y = images(cfg)
+    model.mdt_loss(net, None, x, y, draws(cfg), cfg)[0].backward()
+    assert net.pos.grad.any() and net.decoder_pos.grad.any()
+    blocks = [*net.blocks, *net.decoder_blocks, net.side_block]
+    assert len(blocks) == 5 and all(block.bias.shape == (49, 6) and block.bias.grad.any(0).all() for block in blocks)
+
+
+def test_the_full_pass_leaves_the_side_block_alone():
+    cfg = config('mdt')
+    net, _ = build(cfg)
+    x, y = images(cfg)
+    model.dit_loss(net, None, x, y, draws(cfg), cfg)[0].backward()            # what a full pass minimises
+    assert net.mask_token.grad is None and all(p.grad is None for p in net.side_block.parameters())
+
+
+# -------------------------------------------------------------------------------------------------- SD-DiT
+
+def test_teacher_momentum_at_quarters():
+    quarters = [model.teacher_momentum(k / 4) for k in range(5)]
+    assert quarters == pytest.approx([0.996, 0.99643934, 0.9975, 0.99856066, 0.999], abs=1e-8)
+
+
+def test_teacher_temperature():
+    assert model.teacher_temperature(torch.tensor([0.0, 0.05, 0.1, 1.0])).tolist() == pytest.approx([0.04, 0.055, 0.07, 0.07])
+
+
+def test_zero_logits_give_ln_K():
+    zero = torch.zeros(2, 3, 8192, dtype=torch.float64)
+    crossed, entropy = model.cross_entropy(zero, zero, 0.04)
+    assert torch.allclose(crossed, torch.full((2, 3), math.log(8192), dtype=torch.float64))
+    assert torch.allclose(entropy, crossed)
+
+
+def test_gradient_of_the_cross_entropy():
+    rng = torch.Generator().manual_seed(0)
+    said = torch.randn(5, 8192, generator=rng, dtype=torch.float64) / 10
+    logits = (torch.randn(5, 8192, generator=rng, dtype=torch.float64) / 10).requires_grad_()
+    model.cross_entropy(logits, said, 0.05)[0].sum().backward()
+    assert torch.allclose(logits.grad, ((logits / 0.1).softmax(1) - (said / 0.05).softmax(1)) / 0.1, atol=1e-12)
+
+
+def test_head_gives_cosines():
+    head = randomise(model.Head(192).double(), scale=0.5)
+    logits = head(torch.randn(2, 5, 192, dtype=torch.float64))
+    assert logits.shape == (2, 5, 8192) and 0.1 < logits.abs().max() <= 1
+
+
+def test_head_stays_in_float32_under_autocast():
+    cfg = config('sddit')
+    net, _ = build(cfg, torch.float32)
+    x, y = images(cfg, dtype=torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        _, _, logits = net(x, torch.zeros(4), y, model.split_tokens(draws(cfg), cfg)[0], model.patchify(x, 2))
+    assert logits.dtype == torch.float32 and logits.shape == (4, 13, 8192)
+
+
+def test_centers_follow_the_teachers_mean():
+    """After three equal batches they are 1 - 0.9^3 = 0.271 of it; within a step, micro-batches count as one."""
+    cfg = config('sddit')
+    net, teacher = build(cfg)
+    x, y = images(cfg)
+    c_noise = torch.zeros(4, dtype=torch.float64)
+    logits = teacher(x, c_noise, y)
+    mean = torch.stack([logits[:, 0].mean(0), logits[:, 1:].mean((0, 1))]).float()
+    assert teacher.centers.abs().max() == 0                                   # not before the step is over
+    teacher.update_centers()
+    assert torch.allclose(teacher.centers, 0.1 * mean, atol=1e-6)
+    for _ in range(2):
+        teacher(x[:2], c_noise[:2], y[:2])
+        teacher(x[2:], c_noise[2:], y[2:])
+        teacher.update_centers()
+    assert torch.allclose(teacher.centers, 0.271 * mean, atol=1e-6)
+
+
+def test_discrimination_alone_leaves_the_decoder_without_gradient():
+    cfg = config('sddit')
+    net, teacher = build(cfg)
+    x, y = images(cfg)
+    visible, _ = model.split_tokens(draws(cfg), cfg)
+    _, _, logits = net(x, torch.zeros(4), y, visible, model.patchify(x, 2))
+    model.cross_entropy(logits, torch.randn_like(logits), 0.05)[0].mean().backward()
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            decoder = name.startswith(('bridge', 'decoder_blocks', 'fill_embed', 'final'))
+            assert (p.grad is None) == decoder, name
+
+
+def test_tokens_are_compared_with_their_own():
+    """Student equal to teacher, the same noise level, nothing masked, no centers: a shift by one token costs."""
+    cfg = config('sddit')
+    net = randomise(model.Net(cfg).double(), scale=0.3)
+    teacher = model.make_teacher(net, cfg)
+    x, y = images(cfg)
+    c_noise = torch.zeros(4, dtype=torch.float64)
+    everything = torch.arange(16).expand(4, -1)
+    with torch.no_grad():
+        _, _, logits = net(x, c_noise, y, everything, model.patchify(x, 2))
+        said = teacher(x, c_noise, y)
+    assert torch.allclose(logits, said)
+    aligned = model.cross_entropy(logits[:, 1:], said[:, 1:], 0.07)[0].mean()
+    shifted = model.cross_entropy(logits[:, 1:].roll(1, dims=1), said[:, 1:], 0.07)[0].mean()
+    assert shifted > aligned + 0.01
+
+
+def test_cls_is_seen_by_the_encoder_alone():
+    cfg = config('sddit')
+    net, _ = build(cfg)
+    x, y = images(cfg)
+    visible, _ = model.split_tokens(draws(cfg), cfg)
+    c = net.condition(torch.zeros(4, dtype=torch.float64), y)
+    assert net.encode(model.patchify(x, 2), c, visible).shape == (4, 1 + visible.shape[1], 192)
+    assert net(x, torch.zeros(4), y)[0].shape == x.shape
 
 
 # ------------------------------------------------------------------------------------------------ collapse

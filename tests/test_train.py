@@ -58,7 +58,7 @@ def test_a_run_writes_checkpoints_log_and_pictures(shapes, tmp_path, capsys, met
         '0000003.pt', '0000004.pt', 'log.jsonl', 'samples-0000002.png', 'samples-0000004.png']
     state = model.read_checkpoint(path)
     assert state.keys() == {'model', 'ema', 'teacher', 'opt', 'step', 'config'} and state['step'] == 4
-    assert (state['teacher'] is not None) == (method == 'mcdit')
+    assert (state['teacher'] is not None) == (method in ('sddit', 'mcdit'))
     assert state['config']['method'] == method and state['config']['resolution'] == 8
 
     first = train.read_log(out)[0]
@@ -143,18 +143,45 @@ def test_every_ablation_runs_and_changes_the_numbers(shapes, tmp_path, argv):
 
 # --------------------------------------------------------------------------------------------------- resume
 
+class Killed(Exception):
+    pass
+
+
+def kill_after(monkeypatch, step):
+    """The next run dies right after it has written the checkpoint of `step`."""
+    save = train.save
+
+    def save_and_die(path, state):
+        save(path, state)
+        if state['step'] == step:
+            monkeypatch.setattr(train, 'save', save)
+            raise Killed
+    monkeypatch.setattr(train, 'save', save_and_die)
+
+
 @pytest.mark.parametrize('method', model.METHODS)
-def test_resumed_is_bit_equal_to_uninterrupted(shapes, tmp_path, method, capsys):
-    flags = ['--method', method, '--save-every', '2']
-    run(shapes, tmp_path / 'whole', *flags, '--steps', '5')
-    run(shapes, tmp_path / 'parts', *flags, '--steps', '2')
-    run(shapes, tmp_path / 'parts', *flags, '--steps', '5')
+def test_resumed_is_bit_equal_to_uninterrupted(shapes, tmp_path, method, capsys, monkeypatch):
+    flags = ['--method', method, '--save-every', '2', '--steps', '5', '--lr-decay', '0.9']
+    run(shapes, tmp_path / 'whole', *flags)
+    kill_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        run(shapes, tmp_path / 'parts', *flags)
+    run(shapes, tmp_path / 'parts', *flags)
     assert 'resumes' in capsys.readouterr().out
-    whole, parts = (model.read_checkpoint(tmp_path / name / '0000005.pt') for name in ('whole', 'parts'))
-    whole['config'].pop('steps'), parts['config'].pop('steps')
-    assert same(whole, parts)
+    assert same(*(model.read_checkpoint(tmp_path / name / '0000005.pt') for name in ('whole', 'parts')))
     assert [line['step'] for line in lines(tmp_path / 'parts')] == [1, 2, 3, 4, 5]
     assert [line['loss'] for line in lines(tmp_path / 'parts')] == [line['loss'] for line in lines(tmp_path / 'whole')]
+
+
+def test_a_run_may_be_prolonged_unless_a_schedule_depends_on_its_length(shapes, tmp_path):
+    run(shapes, tmp_path / 'a', '--steps', '3')
+    run(shapes, tmp_path / 'b', '--steps', '2')
+    run(shapes, tmp_path / 'b', '--steps', '3')
+    a, b = (model.read_checkpoint(tmp_path / name / '0000003.pt') for name in 'ab')
+    assert same(a, b)
+    run(shapes, tmp_path / 'c', '--steps', '2', '--lr-decay', '0.5')
+    with pytest.raises(model.BadInput, match='steps was 2 and is now 3'):
+        run(shapes, tmp_path / 'c', '--steps', '3', '--lr-decay', '0.5')
 
 
 def test_a_finished_run_has_nothing_to_do(shapes, tmp_path):
@@ -188,7 +215,7 @@ def test_tuning(shapes, tmp_path, method, capsys):
     tuned = tune(path, tmp_path / 'tuned', '--steps', '2')
     state = model.read_checkpoint(tuned)
     assert state['teacher'] is None and state['config']['ema_step'] == 3
-    assert not any(name.startswith(model.FILL_PARAMETERS) for name in state['model'])
+    assert not any(name.startswith(model.TRAINING_ONLY) for name in state['model'])
     assert all(entry['step'] == 2 for entry in state['opt']['state'].values())               # fresh, not continued
     before, after = lines(tmp_path / 'tuned', 'held_out')
     assert before['step'] == 0 and after['step'] == 2
@@ -204,13 +231,15 @@ def test_tuning(shapes, tmp_path, method, capsys):
         assert torch.allclose(value, 4 / 13 * start['ema'][name] + 9 / 13 * one['model'][name], atol=1e-7)
 
 
-def test_tuning_resumes_bit_equal(shapes, tmp_path):
+def test_tuning_resumes_bit_equal(shapes, tmp_path, monkeypatch):
     path = run(shapes, tmp_path / 'out', '--steps', '2')
-    tune(path, tmp_path / 'whole', '--steps', '4')
-    tune(path, tmp_path / 'parts', '--steps', '2')
-    tune(path, tmp_path / 'parts', '--steps', '4')
-    whole, parts = (model.read_checkpoint(tmp_path / name / '0000004.pt') for name in ('whole', 'parts'))
-    assert same({**whole, 'config': 0}, {**parts, 'config': 0})
+    flags = ['--steps', '4', '--save-every', '2', '--lr-decay', '0.5']
+    tune(path, tmp_path / 'whole', *flags)
+    kill_after(monkeypatch, 2)
+    with pytest.raises(Killed):
+        tune(path, tmp_path / 'parts', *flags)
+    tune(path, tmp_path / 'parts', *flags)
+    assert same(*(model.read_checkpoint(tmp_path / name / '0000004.pt') for name in ('whole', 'parts')))
 
 
 def test_two_fresh_starts_of_tuning_differ_from_training_in_noise_and_order(shapes, tmp_path):
@@ -249,7 +278,7 @@ def test_two_processes_equal_one(shapes, moments, tmp_path):
     assert accumulated == pytest.approx(plain, rel=1e-5)
     for spread, name in zip(json.loads((tmp_path / 'spread.json').read_text()), commands):
         assert spread['difference'] == 0
-        assert spread['modules'] == (3 if name in ('mcdit', 'accumulated', 'moments') else 2)
+        assert spread['modules'] == (3 if name in ('sddit', 'mcdit', 'accumulated', 'moments') else 2)
 
 
 def test_two_processes_sample_the_same_images(shapes, tmp_path):

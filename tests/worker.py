@@ -37,7 +37,7 @@ for script, *argv in json.loads(sys.argv[1]):
     {'train': train, 'finetune': finetune}[script].main(argv)
     widest = 0.0
     for module in modules.values():
-        for parameter in module.parameters():
+        for parameter in [*module.parameters(), *module.buffers()]:
             low, high = parameter.detach().clone(), parameter.detach().clone()
             dist.all_reduce(low, dist.ReduceOp.MIN)
             dist.all_reduce(high, dist.ReduceOp.MAX)
