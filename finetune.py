@@ -2,6 +2,7 @@
 
     python finetune.py out/0400000.pt --out tuned                                # MC-DiT's appendix A.2
     torchrun --nproc_per_node 4 finetune.py out/0400000.pt --out tuned --batch 512
+    python finetune.py DiT-XL-2-256x256.pt --data flowers --out tuned            # published weights, other classes
 
 Masked training never shows the decoder an encoder's tokens in every slot, and sampling shows it nothing else.
 So the loss is now DiT's, over all tokens, through encoder and decoder. What changes against train.py:
@@ -16,6 +17,7 @@ So the loss is now DiT's, over all tokens, through encoder and decoder. What cha
 import argparse
 import sys
 
+import torch
 import torch.distributed as dist
 
 import data
@@ -23,7 +25,7 @@ import model
 import train
 from model import BadInput
 
-ARCHITECTURE = ('method', 'model', 'resolution', 'channels', 'classes', 'class_names', 'sigma_data')
+ARCHITECTURE = ('method', 'model', 'resolution', 'channels', 'sigma_data', 'diffusion')
 
 
 def parse(argv):
@@ -37,8 +39,8 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
-def without_fill(weights):
-    """Weights of the network that masks nothing: all but the parameters that fill masked slots."""
+def tunable(weights):
+    """Weights of the network that masks nothing: all but the parameters that only masked training has."""
     return {name: value for name, value in weights.items() if not name.startswith(model.TRAINING_ONLY)}
 
 
@@ -49,17 +51,27 @@ def main(argv=None):
     if 'model' not in state:
         raise BadInput(f'{args.checkpoint} holds the EMA weights alone (--export): tuning continues `model` as well, so '
                        f'give a checkpoint of train.py')
+    if not (args.data or trained['data']):
+        raise BadInput(f'{args.checkpoint} does not say what it was trained on: give a data folder with --data')
     dataset = data.open_data(args.data or trained['data'])
-    ours, theirs = ((trained['resolution'], trained['channels'], trained['classes'] or dataset.classes),
-                    (dataset.resolution, dataset.channels, dataset.classes))
-    if ours != theirs:
-        raise BadInput(f'{dataset.path} has resolution, channels, classes {theirs}, and {args.checkpoint} was trained on '
-                       f'{ours}: give other --data')
+    theirs, ours = (trained['resolution'], trained['channels']), (dataset.resolution, dataset.channels)
+    if theirs != ours:
+        raise BadInput(f'{dataset.path} has resolution and channels {ours}, and {args.checkpoint} was trained on '
+                       f'{theirs}: give other --data')
+    classes = dataset.classes if trained['classes'] else 0                    # without labels it stays without
     cfg = {name: trained[name] for name in ARCHITECTURE} | {
-        'stage': 'tune', 'data': str(dataset.path), 'kind': dataset.kind, 'count': dataset.count, 'mask_ratio': 0.0,
+        'stage': 'tune', 'classes': classes, 'class_names': dataset.class_names if classes else [],
+        'data': str(dataset.path), 'kind': dataset.kind, 'count': dataset.count, 'mask_ratio': 0.0,
         'steps': args.steps, 'batch': args.batch, 'lr': args.lr, 'lr_decay': args.lr_decay, 'seed': args.seed,
         'ema_step': trained['ema_step'] + state['step'], 'tuned_from': args.checkpoint}
-    path = train.train(args, cfg, dataset, (without_fill(state['model']), without_fill(state['ema'])))
+    start = [tunable(state[name]) for name in ('model', 'ema')]
+    if classes != trained['classes']:
+        print(f'labels    {trained["classes"]} classes were trained and the data has {classes}: the label table is new, but '
+              f'for the row of dropped labels')
+        rows = 0.02 * torch.randn(classes, start[0]['y_embed.weight'].shape[1], generator=model.generator('cpu', args.seed, 'labels'))
+        for weights in start:
+            weights['y_embed.weight'] = torch.cat([rows, weights['y_embed.weight'][-1:]])
+    path = train.train(args, cfg, dataset, start)
 
     lines = [line for line in train.read_log(path.parent) if 'held_out' in line]
     if not dist.is_initialized() or dist.get_rank() == 0:

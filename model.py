@@ -23,6 +23,7 @@ Letters used for shapes:
     N = (H/p)^2 tokens    K visible ones    d encoder width    e decoder width (dd in some papers)
 """
 
+import argparse
 import copy
 import hashlib
 import math
@@ -204,8 +205,8 @@ class Net(nn.Module):
     """F, the raw network inside the denoiser D of EDM eq. 7.
 
     `cfg` is a plain dictionary with `model` ('XL/2'), `method`, `stage` ('train' or 'tune'), `resolution`,
-    `channels`, `classes` (0: unconditional). Only the parameters that the method uses are built, and tuning
-    masks nothing, so it has none that fill a slot.
+    `channels`, `classes` (0: unconditional), and `diffusion`: 'edm', or 'ddpm' for published weights. Only the
+    parameters that the method uses are built, and tuning masks nothing, so it has none that fill a slot.
     Raises BadInput for a resolution that the patch does not divide.
     """
 
@@ -235,7 +236,8 @@ class Net(nn.Module):
         if method['decoder']:
             self.decoder_pos = nn.Parameter(position_table(self.grid, e), requires_grad=own)
             self.decoder_blocks = nn.ModuleList(Block(e, d_heads, d, bias_grid) for _ in range(d_depth))
-        self.final = ModulatedLinear(e if method['decoder'] else d, P, d)
+        self.outputs = self.channels * (2 if cfg['diffusion'] == 'ddpm' else 1)          # eps and a variance
+        self.final = ModulatedLinear(e if method['decoder'] else d, p * p * self.outputs, d)
 
         fill = method['fill'] if cfg['stage'] == 'train' else None            # see TRAINING_ONLY
         if fill in ('token', 'side'):
@@ -308,7 +310,7 @@ class Net(nn.Module):
             values = self.decode(self.fill(tokens, visible, patches, c, gains[1]), c)    # (B, N, P)
         else:
             values = self.final(tokens, c)                                    # (B, N, P)
-        return unpatchify(values, self.patch, self.channels).to(self.pos.dtype), c, logits
+        return unpatchify(values, self.patch, self.outputs).to(self.pos.dtype), c, logits
 
 
 TRAINING_ONLY = ('mask_token', 'fill_embed.', 'side_block.', 'head.')         # name prefixes; tuning and sampling
@@ -460,14 +462,38 @@ def loss_weight(sigma, sd):
     return (s ** 2 + sd ** 2) / (s * sd) ** 2
 
 
-def denoise(net, x, sigma, y, sd):
-    """D(x; sigma), an estimate of the clean image with every token visible. EDM eq. 7.
+def denoise(net, x, sigma, y, cfg, visible=None, patches=None):
+    """D(x; sigma), an estimate of the clean image. EDM eq. 7. By default every token is visible: inference.
 
-    x (B, C, H, W), sigma (B,), y (B,); the result has the precision of x.
+    x (B, C, H, W), sigma (B,), y (B,); the result has the precision of x. Networks published under DDPM predict
+    eps and a variance: D = x - sigma eps(x / sqrt(sigma^2 + 1), t(sigma)), EDM Table 1, column VP.
     """
-    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
-    F, *_ = net(c_in * x, c_noise, y)
+    if cfg['diffusion'] == 'ddpm':
+        s = sigma.view(-1, 1, 1, 1)
+        eps = net(x / (s ** 2 + 1).sqrt(), ddpm_time(sigma), y, visible, patches)[0][:, :x.shape[1]]
+        return x - s * eps
+    c_skip, c_out, c_in, c_noise = precondition(sigma, cfg['sigma_data'])
+    F, *_ = net(c_in * x, c_noise, y, visible, patches)
     return c_skip * x + c_out * F
+
+
+def ddpm_sigmas():
+    """The noise level sqrt((1 - abar) / abar) of each of DDPM's 1000 linear steps: float64, 0.0100005 to 157.407."""
+    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    return ((1 - abar) / abar).sqrt()
+
+
+def ddpm_time(sigma):
+    """t(sigma) in 0..999 for noise levels (B,), linear in ln sigma between the steps."""
+    steps = ddpm_sigmas().to(sigma.device).log()
+    s = sigma.double().log().clamp(steps[0], steps[-1])
+    i = torch.searchsorted(steps, s).clamp(1, 999)
+    return (i - 1 + (s - steps[i - 1]) / (steps[i] - steps[i - 1])).to(sigma.dtype)
+
+
+def sigma_range(cfg):
+    """The sampler's sigma_min and sigma_max: EDM Table 1, or the ends of DDPM's schedule."""
+    return (0.002, 80.0) if cfg['diffusion'] == 'edm' else (ddpm_sigmas()[0].item(), ddpm_sigmas()[-1].item())
 
 
 # ---------------------------------------------------------------------------- the random numbers of a step
@@ -527,7 +553,7 @@ def dit_loss(net, teacher, x0, y, draws, cfg):
     """w (D(xt) - x0)^2, over all tokens. EDM eq. 8; also what unmasked tuning minimises."""
     sigma, sd = draws['sigma'], cfg['sigma_data']
     xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
-    D = denoise(net, xt, sigma, drop_labels(y, draws, cfg), sd)
+    D = denoise(net, xt, sigma, drop_labels(y, draws, cfg), cfg)
     loss = (loss_weight(sigma, sd) * (D - x0) ** 2).mean()
     return loss, {'denoise': loss.detach()}
 
@@ -693,17 +719,19 @@ METHODS = {
 }
 
 
-# ------------------------------------------------------------------------------------- reading checkpoints
+# ------------------------------------------------------------------- reading checkpoints, ours and published
 
 def read_checkpoint(path):
-    """The dictionary in a checkpoint of ours: `ema`, `step`, `config`, and where training left them `model`,
-    `teacher`, `opt`. Never runs code from the file. Raises BadInput with what is wrong."""
+    """The dictionary in a checkpoint: `ema`, `step`, `config`, and where training left them `model`, `teacher`,
+    `opt`. Published weights of MaskDiT, DiT and MDT are translated. Never runs code from the file.
+    Raises BadInput with what is wrong."""
     try:
         with zipfile.ZipFile(path) as archive:                                # torch.load sees no flipped byte;
             broken = archive.testzip()                                        # the archive's CRC-32s do
         if broken:
             raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)    # 11 GB at XL: as it is read
+        with torch.serialization.safe_globals([argparse.Namespace]):          # DiT and MaskDiT keep their `args`
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)   # 11 GB at XL: read as used
     except FileNotFoundError:
         raise BadInput(f'there is no checkpoint {path}: give a file such as out/0010000.pt') from None
     except OSError as error:
@@ -712,9 +740,13 @@ def read_checkpoint(path):
         raise
     except Exception as error:                                                # what torch raises here has many types
         raise BadInput(f'{path} is not a checkpoint or is truncated ({type(error).__name__})') from None
-    if not isinstance(state, dict) or not {'ema', 'step', 'config'} <= state.keys():
-        raise BadInput(f'{path} is not a checkpoint of train.py or finetune.py: it lacks `ema`, `step` or `config`')
-    return state
+    if isinstance(state, dict) and {'ema', 'step', 'config'} <= state.keys():
+        return state
+    try:
+        return translate(state)
+    except BadInput as mistake:
+        raise BadInput(f'{path} is not a checkpoint of train.py or finetune.py, nor of another program that is known '
+                       f'here: {mistake}') from None
 
 
 def load_net(path, device='cpu'):
@@ -730,3 +762,117 @@ def load_net(path, device='cpu'):
         first = str(error).splitlines()[-1].strip()[:200]
         raise BadInput(f'{path} has weights that do not fit its own configuration: {first}') from None
     return net.to(device).eval().requires_grad_(False), cfg
+
+
+LONG_AGO = 1_000_000                          # the step of published weights: long past the EMA's warm-up
+OFFICIAL_NAMES = (                            # theirs, ours; applied in this order
+    ('x_embedder.proj.', 'patch_embed.'), ('t_embedder.mlp.0.', 't_embed.fc1.'), ('t_embedder.mlp.2.', 't_embed.fc2.'),
+    ('y_embedder.embedding_table.', 'y_embed.'), ('decoder_pos_embed', 'decoder_pos'), ('pos_embed', 'pos'),
+    ('decoder_layer.', 'bridge.'), ('final_layer.', 'final.'), ('sideblocks.0.', 'side_block.'),
+    ('adaLN_modulation.1.', 'modulation.'), ('.mlp.fc', '.fc'), ('.attn.rel_pos_bias.relative_position_bias_table', '.bias'),
+    ('.attn.', '.'))
+
+
+def translate(state):
+    """A published file's content as a checkpoint of ours. Raises BadInput: the nearest match, and what differs."""
+    flat = state if isinstance(state, dict) else {}
+    both = {name: flat[name] for name in ('ema', 'model') if isinstance(flat.get(name), dict)} or {'ema': flat}
+    both = {name: {strip(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
+            for name, weights in both.items()}
+    weights = both.get('ema') or both.get('model') or {}
+    if any(key.startswith('en_inblocks.') for key in weights):
+        raise BadInput('it is MDT version 2, another network; version 1 (mdt_xl2_v1_ckpt.pt) is known')
+    try:
+        cfg = recognise(weights)
+    except BadInput:
+        raise
+    except (KeyError, ValueError, AttributeError):
+        raise BadInput('expected the tensors of MaskDiT, DiT or MDT version 1, such as x_embedder.proj.weight, '
+                       f'pos_embed and blocks.0.attn.qkv.weight, and found {", ".join(list(weights)[:3]) or "none"}') from None
+    with torch.device('meta'):
+        wanted = Net(cfg).state_dict()
+    for name, theirs in both.items():
+        ours = both[name] = to_our_names(theirs, cfg)
+        lacks, more = [k for k in wanted if k not in ours], [k for k in ours if k not in wanted]
+        shapes = [k for k in wanted if k in ours and ours[k].shape != wanted[k].shape]
+        if lacks or more or shapes:
+            differences = [f'{len(keys)} {what}, such as {keys[0]}' for what, keys in
+                           (('missing', lacks), ('too many', more), ('of other shapes', shapes)) if keys]
+            raise BadInput(f'the nearest match is {cfg["method"]} {cfg["model"]}, but of the tensors there are '
+                           f'{"; ".join(differences)} (in the names of model.py)')
+    both.setdefault('model', both.get('ema'))
+    return {'model': both['model'], 'ema': both.get('ema', both['model']), 'step': LONG_AGO, 'config': cfg}
+
+
+def strip(key):
+    """A tensor's name without what wrappers put before it."""
+    key = key.replace('module.', '').replace('_orig_mod.', '')
+    return key.removeprefix('model.')
+
+
+def recognise(weights):
+    """The configuration that published weights were made with, from their names and shapes.
+
+    Raises KeyError, ValueError or AttributeError where they do not even look alike, BadInput for an odd size."""
+    D, C, p, _ = weights['x_embedder.proj.weight'].shape
+    depth = 1 + max(int(key.split('.')[1]) for key in weights if key.startswith('blocks.'))
+    method = 'maskdit' if 'decoder_pos_embed' in weights and 'decoder_layer.linear.weight' in weights else \
+        'mdt' if 'sideblocks.0.attn.qkv.weight' in weights else 'dit'
+    size = next((name for name, (d, w, _) in SIZES.items() if (d, w) == (depth, D)), None)
+    if size is None:
+        raise BadInput(f'it has {depth} blocks of width {D}, and the sizes are '
+                       + ', '.join(f'{name} {d} of {w}' for name, (d, w, _) in SIZES.items()))
+    table = weights['y_embedder.embedding_table.weight'].shape
+    classes = table[1] if method == 'maskdit' else table[0] - 1               # MaskDiT: a Linear on one-hot labels
+    outputs = weights['final_layer.linear.weight'].shape[0]
+    return METHODS[method]['defaults'] | {
+        'stage': 'train', 'method': method, 'model': f'{size}/{p}', 'data': None, 'channels': C, 'classes': classes,
+        'resolution': p * math.isqrt(weights['pos_embed'].shape[1]), 'class_names': [], 'sigma_data': 0.5, 'ema_step': 0,
+        'diffusion': 'ddpm' if outputs == 2 * p * p * C else 'edm'}
+
+
+def to_our_names(theirs, cfg):
+    """Published tensors under the names and in the layouts of `Net`."""
+    ours, first_decoder_block = {}, parse_size(cfg['model'])[0][0] - OWN_DECODER
+    for key, value in theirs.items():
+        if key.endswith('relative_position_index'):
+            continue
+        for old, new in OFFICIAL_NAMES:
+            key = key.replace(old, new)
+        if key == 'patch_embed.weight':
+            value = value.permute(0, 2, 3, 1).flatten(1)                      # (D, C, p, p): channels first there
+        elif key == 'y_embed.weight' and cfg['method'] == 'maskdit':
+            value = torch.cat([value.T, value.new_zeros(1, value.shape[0])])  # dropped labels are a zero vector there
+        elif key.endswith('.bias') and value.ndim == 2:
+            value = value[:-3]                                                # 3 rows that no index reaches
+        if key.startswith('blocks.') and cfg['method'] == 'mdt':
+            _, number, rest = key.split('.', 2)
+            if int(number) >= first_decoder_block:
+                key = f'decoder_blocks.{int(number) - first_decoder_block}.{rest}'
+        ours[key] = value
+    return ours
+
+
+def to_maskdit_names(ours, cfg):
+    """Weights of a `maskdit` network under MaskDiT's names. Dropped labels are a zero vector there, so their row
+    moves into the bias of the noise embedding, whose sum with a label is all that the network sees."""
+    ours = dict(ours)
+    null = ours['y_embed.weight'][-1]
+    ours['t_embed.fc2.bias'] = ours['t_embed.fc2.bias'] + null
+    ours['y_embed.weight'] = (ours['y_embed.weight'][:-1] - null).T.contiguous()
+    p = parse_size(cfg['model'])[2]
+    ours['patch_embed.weight'] = ours['patch_embed.weight'].unflatten(1, (p, p, -1)).permute(0, 3, 1, 2).contiguous()
+    theirs = {}
+    for key, value in ours.items():
+        part = key.split('.')
+        if part[0] in ('blocks', 'decoder_blocks') and part[2] in ('qkv', 'proj'):
+            key = '.'.join([*part[:2], 'attn', *part[2:]])
+        elif part[0] in ('blocks', 'decoder_blocks') and part[2] in ('fc1', 'fc2'):
+            key = '.'.join([*part[:2], 'mlp', *part[2:]])
+        key = key.replace('modulation.', 'adaLN_modulation.1.')
+        for theirs_, ours_ in OFFICIAL_NAMES[:8]:                             # of the parts that are no blocks
+            if key.startswith(ours_):
+                key = theirs_ + key.removeprefix(ours_)
+                break
+        theirs['model.' + key] = value
+    return theirs

@@ -1,7 +1,9 @@
 """Noise to pictures: the sampler of EDM (Karras et al. 2022, Algorithms 1 and 2) with guidance.
 
     python sample.py out/0400000.pt                                      # 16 pictures in out/0400000-samples.png
-    python sample.py out/0400000.pt --n 50 --class 3 7 --cfg 4           # of two classes
+    python sample.py out/0400000.pt -n 50 --class 3 7 --cfg 4           # of two classes
+    python sample.py out/0400000.pt --cfg 4 --cfg-interval 0.2 2         # guided at these noise levels only
+    python sample.py out/0400000.pt --inpaint photo.png --mask mask.png  # what is white in the mask is made anew
     torchrun --nproc_per_node 4 sample.py out/0400000.pt -n 50000 --npz out/50k.npz       # for evaluation
 
 Image i of a seed has the same noise and the same label whatever the batch size and the number of processes.
@@ -29,55 +31,136 @@ import data
 import model
 from data import BadInput
 
-SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7    # EDM Table 1
+RHO = 7                                       # EDM Table 1
 
 
 # ------------------------------------------------------------------------------------------------- sampler
 
-def noise_levels(steps):
-    """t_0 = sigma_max > ... > t_(N-1) = sigma_min, and t_N = 0: float64 (N + 1,). EDM eq. 5.
-
-    Raises BadInput for fewer than 2 steps."""
+def noise_levels(steps, sigma_min=0.002, sigma_max=80.0):
+    """[t_0 = sigma_max, ..., t_(N-1) = sigma_min, t_N = 0]. EDM eq. 5. Raises BadInput for fewer than 2 steps."""
     if steps < 2:
         raise BadInput(f'--steps {steps}: the sampler needs at least 2 steps')
-    i = torch.arange(steps, dtype=torch.float64)
-    t = (SIGMA_MAX ** (1 / RHO) + i / (steps - 1) * (SIGMA_MIN ** (1 / RHO) - SIGMA_MAX ** (1 / RHO))) ** RHO
-    return torch.cat([t, torch.zeros(1, dtype=torch.float64)])
+    low, high = sigma_min ** (1 / RHO), sigma_max ** (1 / RHO)
+    return [(high + i / (steps - 1) * (low - high)) ** RHO for i in range(steps)] + [0.0]
 
 
-def edm_sampler(D, noise, steps, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, fresh_noise=None):
-    """EDM Algorithm 2 (Algorithm 1 without churn): 2 N - 1 evaluations of D(x, sigma).
+def edm_sampler(D, noise, t, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, fresh_noise=None, hold=None):
+    """EDM Algorithm 2 (Algorithm 1 without churn) over the noise levels t: 2 N - 1 evaluations of D(x, sigma).
 
     noise (B, C, H, W) has unit variance, and its precision is that of the state: float64 or float32.
-    `fresh_noise()` gives more of the same shape; only churn asks for it.
+    `fresh_noise()` gives more of the same shape; only churn asks for it. `hold(x, sigma)` may put known pixels
+    back into each new state; inpainting does.
     """
-    t = noise_levels(steps).tolist()
-    x = noise * t[0]
+    steps = len(t) - 1
+    hold = hold or (lambda x, sigma: x)
+    x = hold(noise * t[0], t[0])
     for i in range(steps):
         gamma = min(S_churn / steps, math.sqrt(2) - 1) if S_min <= t[i] <= S_max else 0.0
         t_hat = t[i] + gamma * t[i]
         if gamma > 0:
             x = x + math.sqrt(t_hat ** 2 - t[i] ** 2) * S_noise * fresh_noise()
         d = (x - D(x, t_hat)) / t_hat                                         # dx/dt
-        x_next = x + (t[i + 1] - t_hat) * d                                   # Euler
+        x_next = hold(x + (t[i + 1] - t_hat) * d, t[i + 1])                   # Euler
         if t[i + 1] > 0:
             d_next = (x_next - D(x_next, t[i + 1])) / t[i + 1]
-            x_next = x + (t[i + 1] - t_hat) * (d + d_next) / 2                # Heun's second order
+            x_next = hold(x + (t[i + 1] - t_hat) * (d + d_next) / 2, t[i + 1])     # Heun's second order
         x = x_next
     return x
 
 
-def guided(net, y, w, cfg):
-    """D_w(x; sigma) = D(x; null) + w (D(x; y) - D(x; null)), on every channel, in one batched call."""
+def guidance(w, cfg, interval=None, power=None):
+    """The schedule w(sigma) of the guidance weight.
+
+    constant   w
+    interval   w for low < sigma <= high, 1 elsewhere (Kynkaanniemi et al. 2024)
+    power      MDT's power-cosine, 1 + (w - 1) (1 - cos(pi u^s)) / 2 with s = `power`; u runs from 0 at the
+               noisiest level to 1, by the sampler's steps or by DDPM's
+    """
+    def constant(sigma):
+        return w
+
+    def within(sigma):
+        return w if interval[0] < sigma <= interval[1] else 1.0
+
+    def power_cosine(sigma):
+        if cfg['diffusion'] == 'ddpm':
+            u = 1 - model.ddpm_time(torch.tensor([sigma], dtype=torch.float64)).item() / 1000
+        else:
+            low, high = (level ** (1 / RHO) for level in model.sigma_range(cfg))
+            u = min(max((high - sigma ** (1 / RHO)) / (high - low), 0.0), 1.0)
+        return 1 + (w - 1) * (1 - math.cos(math.pi * u ** power)) / 2
+
+    return within if interval else power_cosine if power else constant
+
+
+def guided(net, y, w, cfg, look=model.denoise):
+    """D_w(x; sigma) = D(x; null) + w(sigma) (D(x; y) - D(x; null)), on every channel, in one batched call."""
+    null = torch.full_like(y, cfg['classes'])
+
     def D(x, sigma):
         levels = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
-        if w == 1:
-            return model.denoise(net, x, levels, y, cfg['sigma_data'])
-        null = torch.full_like(y, cfg['classes'])
-        both = model.denoise(net, x.repeat(2, 1, 1, 1), levels.repeat(2), torch.cat([null, y]), cfg['sigma_data'])
-        D_null, D_y = both.chunk(2)
-        return D_null + w * (D_y - D_null)
+        if w(sigma) == 1:
+            return look(net, x, levels, y, cfg)
+        D_null, D_y = look(net, x.repeat(2, 1, 1, 1), levels.repeat(2), torch.cat([null, y]), cfg).chunk(2)
+        return D_null + w(sigma) * (D_y - D_null)
     return D
+
+
+# ---------------------------------------------------------------------------------------------- inpainting
+
+def inpainting(cfg, x0, known, noise, t, fill_steps):
+    """(look, hold) for `guided` and `edm_sampler`: the tokens `known` (N,) bool of the picture x0 (1, C, H, W) stay.
+
+    mdt, maskdit   known tokens are visible and held at their noised values; in the first `fill_steps` steps the
+                   rest is filled as in masked training (MDT appendix C), then the ordinary network goes on
+    mcdit          the roles turn: the known tokens are the clean patches that fill the masked slots, the unknown
+                   ones are the visible noisy tokens, and nothing is noised again
+    """
+    p = model.parse_size(cfg['model'])[2]
+    picture_known = model.unpatchify(known[None, :, None].expand(1, -1, p * p * cfg['channels']), p, cfg['channels'])
+    index = known.nonzero().T                                                 # (1, K)
+    if cfg['method'] == 'mcdit':
+        index = (~known).nonzero().T
+
+    def look(net, x, levels, y, cfg):
+        B = len(x)
+        if cfg['method'] == 'mcdit':
+            patches = model.patchify(x0 / cfg['sigma_data'], p).to(net.pos.dtype)
+            return model.denoise(net, x, levels, y, cfg, index.expand(B, -1), patches.expand(B, -1, -1))
+        masked = levels[0].item() > t[fill_steps]
+        return model.denoise(net, x, levels, y, cfg, index.expand(B, -1) if masked else None)
+
+    def hold(x, sigma):
+        level = 0.0 if cfg['method'] == 'mcdit' else sigma
+        return torch.where(picture_known, x0 + level * noise, x)              # at sigma = 0: x0 itself
+    return look, hold
+
+
+def read_inpainting(args, cfg):
+    """(x0 (1, C, H, W), known (N,) bool) from --inpaint and --mask. Raises BadInput."""
+    H, C, p = cfg['resolution'], cfg['channels'], model.parse_size(cfg['model'])[2]
+    if cfg['method'] not in ('mdt', 'maskdit', 'mcdit') or cfg['stage'] == 'tune':
+        raise BadInput(f'--inpaint needs a checkpoint of mdt, maskdit or mcdit before its tuning, which alone can fill '
+                       f'masked slots, and this is {cfg["method"]}{", tuned" * (cfg["stage"] == "tune")}')
+    try:
+        if args.inpaint.endswith('.npy'):
+            x0 = torch.from_numpy(np.load(args.inpaint)).double()
+        else:
+            with Image.open(args.inpaint) as image:
+                image = data.center_crop(image.convert('L' if C == 1 else 'RGB'), H)
+            x0 = torch.from_numpy(np.array(image)).reshape(H, H, -1).permute(2, 0, 1).double() / 127.5 - 1
+        with Image.open(args.mask) as mask:
+            mask = mask.convert('L').resize((H // p, H // p), Image.Resampling.BOX)
+    except (OSError, ValueError, TypeError) as error:
+        raise BadInput(f'--inpaint {args.inpaint} or --mask {args.mask} cannot be read: {error}') from None
+    if x0.shape != (C, H, H) or not torch.isfinite(x0).all():
+        raise BadInput(f'--inpaint {args.inpaint} holds {tuple(x0.shape)}: this network needs finite {(C, H, H)}'
+                       + (', latents as an .npy file' if C not in (1, 3) else ''))
+    known = torch.from_numpy(np.array(mask)).flatten() == 0                   # a token with any white is made anew
+    if known.all() or not known.any():
+        raise BadInput(f'--mask {args.mask} is all {"black" if known.all() else "white"} on the {len(known)} tokens: white is '
+                       f'made anew, black is kept, and both are needed')
+    return x0[None], known
 
 
 # ---------------------------------------------------------------------------------------- image i of a seed
@@ -91,10 +174,12 @@ def label_of(seed, i, allowed, balanced):
     return allowed[i % len(allowed) if balanced else int(np.random.default_rng([seed, i, 1]).integers(len(allowed)))]
 
 
-def generate(net, cfg, seed, indices, labels, steps=40, w=1.0, precision=torch.float32, progress=None, **churn):
+def generate(net, cfg, seed, indices, labels, steps=40, w=None, precision=torch.float32, progress=None,
+             inpaint=None, fill_steps=1, **churn):
     """Images `indices` of `seed` with `labels`, float64 (B, C, H, W) as the network makes them.
 
-    The state of the sampler is float64, the network runs in `precision`.
+    The state of the sampler is float64, the network runs in `precision`. `w(sigma)` is the weight of guidance,
+    `inpaint` what `read_inpainting` returns.
     """
     device = net.pos.device
     shape = (cfg['channels'], cfg['resolution'], cfg['resolution'])
@@ -103,7 +188,11 @@ def generate(net, cfg, seed, indices, labels, steps=40, w=1.0, precision=torch.f
     def normal():
         return torch.from_numpy(np.stack([source.standard_normal(shape) for source in sources])).to(device)
 
-    D = guided(net, torch.tensor(labels, device=device), w, cfg)
+    t, noise = noise_levels(steps, *model.sigma_range(cfg)), normal()
+    look, hold = model.denoise, None
+    if inpaint:
+        look, hold = inpainting(cfg, inpaint[0].to(device), inpaint[1].to(device), noise, t, fill_steps)
+    D = guided(net, torch.tensor(labels, device=device), w or guidance(1.0, cfg), cfg, look)
 
     def counted(x, sigma):
         if progress is not None:
@@ -111,7 +200,7 @@ def generate(net, cfg, seed, indices, labels, steps=40, w=1.0, precision=torch.f
         return D(x, sigma)
 
     with torch.no_grad(), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        return edm_sampler(counted, normal(), steps, fresh_noise=normal, **churn)
+        return edm_sampler(counted, noise, t, fresh_noise=normal, hold=hold, **churn)
 
 
 def picture(x):
@@ -146,6 +235,14 @@ def parse(argv):
     parser.add_argument('--class', type=int, nargs='+', dest='classes', help='only these classes')
     parser.add_argument('--balanced', action='store_true', help='classes in turn instead of at random')
     parser.add_argument('--cfg', type=float, default=1.0, help='weight of classifier-free guidance; 1 is none')
+    schedule = parser.add_mutually_exclusive_group()
+    schedule.add_argument('--cfg-interval', type=float, nargs=2, metavar=('LOW', 'HIGH'), help='guide only at noise '
+                          'levels above LOW and up to HIGH')
+    schedule.add_argument('--cfg-power', type=float, metavar='S', help="MDT's power-cosine schedule; the paper: 4")
+    parser.add_argument('--inpaint', metavar='IMAGE', help='picture to keep in part (latents: an .npy file)')
+    parser.add_argument('--mask', help='picture, white where --inpaint is made anew; any white makes the token anew')
+    parser.add_argument('--fill-steps', type=int, help='first steps in which mdt and maskdit inpaint as in masked '
+                        'training (1)')
     parser.add_argument('--batch', type=int, default=64, help='images at a time, each process')
     parser.add_argument('--precision', choices=('auto', 'bf16', 'fp32'), default='auto', help='of the network')
     parser.add_argument('--S-churn', type=float, default=0.0, help='EDM Algorithm 2: noise put back, 0 is none')
@@ -181,6 +278,15 @@ def main(argv=None):
                        else '--class: this network was trained without classes')
     if args.cfg != 1 and not cfg['classes']:
         raise BadInput('--cfg needs classes, and this network was trained without')
+    if args.cfg == 1 and (args.cfg_interval or args.cfg_power):
+        raise BadInput('--cfg-interval and --cfg-power schedule a guidance that --cfg 1 does not give: type its weight')
+    if args.cfg_power is not None and args.cfg_power <= 0 or args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
+        raise BadInput('--cfg-power must be above 0, and --cfg-interval two noise levels, the lower one first')
+    if bool(args.inpaint) != bool(args.mask):
+        raise BadInput('--inpaint and --mask go together: a picture, and what of it is made anew')
+    inpaint = read_inpainting(args, cfg) if args.inpaint else None
+    if args.fill_steps is not None and (not inpaint or cfg['method'] == 'mcdit' or not 0 <= args.fill_steps <= args.steps):
+        raise BadInput('--fill-steps is for --inpaint with mdt or maskdit, a number from 0 to --steps')
     if (args.npz or args.png) and cfg['channels'] not in (1, 3):
         raise BadInput(f'--npz and --png hold pictures, and this network makes latents of {cfg["channels"]} channels')
     if args.npz and os.path.exists(args.npz):
@@ -192,7 +298,10 @@ def main(argv=None):
     # make the images: process r takes r, r + world, ...
     settings = {'checkpoint': str(stem), 'n': args.n, 'steps': args.steps, 'seed': args.seed, 'cfg': args.cfg,
                 'labels': 'balanced' if args.balanced else 'uniform at random', 'classes': args.classes,
+                'cfg_interval': args.cfg_interval, 'cfg_power': args.cfg_power, 'inpaint': args.inpaint,
                 'S_churn': args.S_churn, 'S_min': args.S_min, 'S_max': args.S_max, 'S_noise': args.S_noise}
+    w = guidance(args.cfg, cfg, args.cfg_interval, args.cfg_power)
+    fill_steps = 1 if args.fill_steps is None else args.fill_steps
     labels = [label_of(args.seed, i, allowed, args.balanced) for i in range(args.n)]
     mine = list(range(args.n))[rank::world]
     batches = [mine[k:k + args.batch] for k in range(0, len(mine), args.batch)]
@@ -210,8 +319,8 @@ def main(argv=None):
             store = np.lib.format.open_memmap(scratch, 'r+')
             with tqdm(total=len(batches) * (2 * args.steps - 1), desc='sampling', disable=rank > 0 or None) as bar:
                 for batch in batches:
-                    x = generate(net, cfg, args.seed, batch, [labels[i] for i in batch], args.steps, args.cfg,
-                                 pick_precision(args.precision, device), bar, S_churn=args.S_churn,
+                    x = generate(net, cfg, args.seed, batch, [labels[i] for i in batch], args.steps, w,
+                                 pick_precision(args.precision, device), bar, inpaint, fill_steps, S_churn=args.S_churn,
                                  S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
                     for i, image in zip(batch, picture(x).numpy()):
                         if i < kept:

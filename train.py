@@ -57,6 +57,7 @@ def shared_flags(parser, steps, batch):
     parser.add_argument('--save-every', type=int, default=10000, help='steps between checkpoints')
     parser.add_argument('--preview', type=int, default=20, help='images in a picture; 0 for none')
     parser.add_argument('--export', default=None, help='file for the EMA weights alone, written at the end')
+    parser.add_argument('--official-names', action='store_true', default=False, help='export under the names of MaskDiT')
 
 
 def parse(argv):
@@ -107,7 +108,8 @@ def configuration(args, dataset):
         'stage': 'train', 'method': args.method, 'model': args.model, 'data': str(args.data), 'kind': dataset.kind,
         'count': dataset.count, 'resolution': dataset.resolution, 'channels': dataset.channels, 'classes': classes,
         'class_names': dataset.class_names if classes else [], 'steps': args.steps, 'batch': args.batch,
-        'lr_decay': args.lr_decay, 'seed': args.seed, 'sigma_data': args.sigma_data, 'ema_step': 0} | cfg
+        'lr_decay': args.lr_decay, 'seed': args.seed, 'sigma_data': args.sigma_data, 'ema_step': 0,
+        'diffusion': 'edm'} | cfg
 
 
 # ------------------------------------------------------------------------------- checkpoints, written and found
@@ -182,7 +184,7 @@ def evaluate(net, cfg, dataset, batch, rank, world, precision):
             x, labels = x0[rows], y[rows]
             sigma = torch.full((len(x),), level, device=device)
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                D = model.denoise(net, x + level * noise[rows], sigma, labels, cfg['sigma_data'])
+                D = model.denoise(net, x + level * noise[rows], sigma, labels, cfg)
                 sums[j, 0] += (model.loss_weight(sigma, cfg['sigma_data']) * (D - x) ** 2).sum()
                 if shares:
                     draws = {'sigma': sigma, 'noise': noise[rows], 'order': order[rows],
@@ -241,6 +243,9 @@ def check(args, cfg, world):
     if args.batch % share:
         raise BadInput(f'--batch {args.batch} cannot be shared by {world} processes times --accumulate {args.accumulate}: '
                        f'type a multiple of {share}, such as {args.batch // share * share + share}')
+    if args.official_names and not (args.export and cfg['method'] == 'maskdit' and cfg['stage'] == 'train' and cfg['classes']):
+        raise BadInput('--official-names needs --export and a maskdit of some classes before its tuning: MaskDiT has no '
+                       'name for the rest')
     if not 0 <= args.lr_decay <= 1 or not 0 < cfg['lr'] < math.inf:
         raise BadInput('--lr-decay must be between 0 and 1, and --lr above 0')
 
@@ -392,7 +397,7 @@ def train(args, cfg, dataset, start=None):
                 left = time.strftime('%H:%M:%S', time.gmtime((args.steps - step) * args.batch / speed))
                 days = int((args.steps - step) * args.batch / speed // 86400)
                 tqdm.write(f'step {step}/{args.steps}  ' + '  '.join(f'{name} {line[name]:.4f}' for name in sums)
-                           + f'  {speed:.0f} images/s  {f"{days} d " if days else ""}{left} left')
+                           + f'  {speed:.3g} images/s  {f"{days} d " if days else ""}{left} left')
             sums, since, clock = {}, 0, time.perf_counter()
         if step % args.eval_every == 0 or done:
             now_and_then(step)
@@ -405,7 +410,8 @@ def train(args, cfg, dataset, start=None):
     if rank == 0:
         log.close()
         if args.export:
-            save(args.export, {'ema': ema.state_dict(), 'step': step, 'config': cfg})
+            save(args.export, {'ema': model.to_maskdit_names(ema.state_dict(), cfg)} if args.official_names else
+                 {'ema': ema.state_dict(), 'step': step, 'config': cfg})
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
         if device.type == 'cuda':
             peak = torch.cuda.max_memory_allocated() / 2 ** 30

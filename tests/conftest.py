@@ -38,7 +38,7 @@ def config(method='mcdit', **changes):
     return model.METHODS[method]['defaults'] | {
         'stage': 'train', 'method': method, 'model': 'T/2', 'data': 'none', 'kind': 'images', 'count': 100,
         'resolution': 8, 'channels': 3, 'classes': 10, 'class_names': [str(k) for k in range(10)], 'steps': 10,
-        'batch': 8, 'lr_decay': 0.0, 'seed': 0, 'sigma_data': 0.5, 'ema_step': 0} | changes
+        'batch': 8, 'lr_decay': 0.0, 'seed': 0, 'sigma_data': 0.5, 'ema_step': 0, 'diffusion': 'edm'} | changes
 
 
 def randomise(module, seed=0, scale=0.1):

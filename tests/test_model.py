@@ -136,7 +136,7 @@ def test_initially_D_is_the_skip(method):
     x, y = images(cfg, dtype=torch.float32)
     sigma = torch.tensor([0.01, 0.3, 1.0, 50.0])
     c_skip = model.precondition(sigma, 0.5)[0]
-    assert torch.equal(model.denoise(net, x, sigma, y, 0.5), c_skip * x)
+    assert torch.equal(model.denoise(net, x, sigma, y, cfg), c_skip * x)
     if method == 'mcdit':
         made = draws(cfg, dtype=torch.float32)
         D, _, xt, _, (visible, _) = model.mcdit_student(net, x, y, made, cfg, (1.0, 1.0))

@@ -30,10 +30,10 @@ def checkpoint(tmp_path):
 
 def test_noise_levels():
     t = sample.noise_levels(40)
-    assert len(t) == 41 and t[-1] == 0 and t.dtype == torch.float64
-    assert t[0].item() == pytest.approx(80) and t[39].item() == pytest.approx(0.002)
+    assert len(t) == 41 and t[-1] == 0
+    assert t[0] == pytest.approx(80) and t[39] == pytest.approx(0.002)
     for i in range(40):                                                       # EDM eq. 5
-        assert t[i].item() == pytest.approx((80 ** (1 / 7) + i / 39 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
+        assert t[i] == pytest.approx((80 ** (1 / 7) + i / 39 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
 
 
 def gaussian(s):
@@ -45,7 +45,7 @@ def test_sampler_is_of_second_order():
     """Halving the steps quarters the error, where the solution is known."""
     D, exact = gaussian(0.5)
     z = torch.linspace(-2, 2, 8, dtype=torch.float64).reshape(2, 1, 2, 2)
-    ends = [sample.edm_sampler(D, z, steps) for steps in (40, 80, 160)]
+    ends = [sample.edm_sampler(D, z, sample.noise_levels(steps)) for steps in (40, 80, 160)]
     errors = [(end - exact(z)).abs().max().item() for end in ends]
     assert 3.5 < errors[0] / errors[1] < 4.5 and 3.5 < errors[1] / errors[2] < 4.5
     limit = (4 * ends[2] - ends[1]) / 3                                       # Richardson: the h^2 term gone
@@ -56,7 +56,8 @@ def test_sampler_is_of_second_order():
 def test_evaluations(steps, evaluations):
     D, _ = gaussian(0.5)
     levels = []
-    sample.edm_sampler(lambda x, sigma: levels.append(sigma) or D(x, sigma), torch.ones(1, 1, 1, 1, dtype=torch.float64), steps)
+    sample.edm_sampler(lambda x, sigma: levels.append(sigma) or D(x, sigma), torch.ones(1, 1, 1, 1, dtype=torch.float64),
+                       sample.noise_levels(steps))
     assert len(levels) == evaluations
 
 
@@ -64,7 +65,8 @@ def test_the_state_keeps_its_precision():
     for dtype in (torch.float32, torch.float64):
         seen = []
         D, _ = gaussian(0.5)
-        x = sample.edm_sampler(lambda x, sigma: seen.append(x.dtype) or D(x, sigma), torch.ones(1, 1, 1, 1, dtype=dtype), 4)
+        x = sample.edm_sampler(lambda x, sigma: seen.append(x.dtype) or D(x, sigma), torch.ones(1, 1, 1, 1, dtype=dtype),
+                               sample.noise_levels(4))
         assert x.dtype == dtype and set(seen) == {dtype}
 
 
@@ -74,11 +76,11 @@ def test_churn_puts_back_as_much_noise_as_it_says():
     rng = torch.Generator().manual_seed(0)
     normal = lambda: torch.randn(20_000, 1, 1, 1, generator=rng, dtype=torch.float64)
     z = normal()
-    x = sample.edm_sampler(D, z, 40, S_churn=40.0, fresh_noise=normal)
-    plain = sample.edm_sampler(D, z, 40)
+    x = sample.edm_sampler(D, z, sample.noise_levels(40), S_churn=40.0, fresh_noise=normal)
+    plain = sample.edm_sampler(D, z, sample.noise_levels(40))
     assert x.std().item() == pytest.approx(plain.std().item(), rel=5 / math.sqrt(2 * 20_000) + 0.01)
     assert np.corrcoef(x.flatten(), plain.flatten())[0, 1] < 0.5              # and it did put noise in
-    half = sample.edm_sampler(D, z, 40, S_churn=40.0, S_noise=0.0, fresh_noise=normal)
+    half = sample.edm_sampler(D, z, sample.noise_levels(40), S_churn=40.0, S_noise=0.0, fresh_noise=normal)
     assert half.std() < 0.45                                                  # levels raised, no noise added
 
 
@@ -87,11 +89,10 @@ def test_churn_only_between_S_min_and_S_max():
     z = torch.ones(2, 1, 2, 2, dtype=torch.float64)
     asked = []
     fresh = lambda: asked.append(1) or torch.zeros_like(z)
-    sample.edm_sampler(D, z, 20, S_churn=5.0, S_min=0.1, S_max=1.0, fresh_noise=fresh)
-    t = sample.noise_levels(20)
-    assert len(asked) == ((t >= 0.1) & (t <= 1.0)).sum()
+    sample.edm_sampler(D, z, sample.noise_levels(20), S_churn=5.0, S_min=0.1, S_max=1.0, fresh_noise=fresh)
+    assert len(asked) == sum(0.1 <= t <= 1.0 for t in sample.noise_levels(20))
     levels = []
-    sample.edm_sampler(lambda x, s: levels.append(s) or D(x, s), z, 20, S_churn=100.0, fresh_noise=fresh)
+    sample.edm_sampler(lambda x, s: levels.append(s) or D(x, s), z, sample.noise_levels(20), S_churn=100.0, fresh_noise=fresh)
     assert levels[0] == pytest.approx(80 * math.sqrt(2))                      # gamma is capped at sqrt(2) - 1
 
 
@@ -109,12 +110,12 @@ def test_guidance_is_on_every_channel_and_in_one_call():
     x, y = torch.randn(3, 4, 8, 8, dtype=torch.float64), torch.tensor([1, 5, 9])
     sigma = torch.full((3,), 0.7, dtype=torch.float64)
     with torch.no_grad():
-        D_y = model.denoise(net, x, sigma, y, 0.5)
-        D_null = model.denoise(net, x, sigma, torch.full((3,), 10), 0.5)
+        D_y = model.denoise(net, x, sigma, y, cfg)
+        D_null = model.denoise(net, x, sigma, torch.full((3,), 10), cfg)
     calls = []
     counted = lambda *args: calls.append(len(args[0])) or net(*args)
     with torch.no_grad():
-        D_w = sample.guided(counted, y, 3.0, cfg)(x, 0.7)
+        D_w = sample.guided(counted, y, lambda sigma: 3.0, cfg)(x, 0.7)
     assert calls == [6]
     assert torch.allclose(D_w, D_null + 3 * (D_y - D_null), atol=1e-12)
     assert ((D_w - D_y).abs().amax((0, 2, 3)) > 1e-3).all()
@@ -124,9 +125,9 @@ def test_weight_one_is_no_guidance():
     cfg = config()
     net = randomise(model.Net(cfg).double())
     kwargs = dict(seed=0, indices=[0, 1], labels=[3, 4], steps=4)
-    plain = sample.generate(net, cfg, w=1.0, **kwargs)
-    assert (plain - sample.generate(net, cfg, w=1 + 1e-12, **kwargs)).abs().max() < 1e-9
-    assert (plain - sample.generate(net, cfg, w=3.0, **kwargs)).abs().max() > 1e-2
+    plain = sample.generate(net, cfg, **kwargs)
+    assert (plain - sample.generate(net, cfg, w=lambda sigma: 1 + 1e-12, **kwargs)).abs().max() < 1e-9
+    assert (plain - sample.generate(net, cfg, w=lambda sigma: 3.0, **kwargs)).abs().max() > 1e-2
 
 
 # ----------------------------------------------------------------------------------------- image i is image i
@@ -136,9 +137,9 @@ def test_image_i_does_not_depend_on_the_batch():
     net = randomise(model.Net(cfg))
     labels = [sample.label_of(0, i, list(range(10)), False) for i in range(6)]
     for churn in ({}, {'S_churn': 10.0}):
-        whole = sample.generate(net, cfg, 0, range(6), labels, 5, 2.0, **churn)
+        whole = sample.generate(net, cfg, 0, range(6), labels, 5, lambda sigma: 2.0, **churn)
         for batch in ([4], [5, 2], [0, 1, 2, 3]):
-            part = sample.generate(net, cfg, 0, batch, [labels[i] for i in batch], 5, 2.0, **churn)
+            part = sample.generate(net, cfg, 0, batch, [labels[i] for i in batch], 5, lambda sigma: 2.0, **churn)
             levels = data.to_uint8(part).int() - data.to_uint8(whole[batch]).int()
             assert levels.abs().max() <= 1
             assert (part - whole[batch]).abs().max() < 1e-3

@@ -93,7 +93,7 @@ def test_held_out_loss_is_the_inference_paths(shapes, tmp_path):
     y = torch.from_numpy(dataset.labels[196:])
     for j, (sigma, loss) in enumerate(zip(train.EVAL_SIGMAS, lines(tmp_path, 'held_out')[-1]['held_out'])):
         n = torch.randn(4, 3, 8, 8, generator=model.generator('cpu', 0, 'held-out', j))
-        D = model.denoise(net, x + sigma * n, torch.full((4,), sigma), y, 0.5)
+        D = model.denoise(net, x + sigma * n, torch.full((4,), sigma), y, cfg)
         assert loss == pytest.approx(((sigma ** 2 + 0.25) / (sigma * 0.5) ** 2 * (D - x) ** 2).mean().item(), rel=1e-5)
 
 
