@@ -130,6 +130,115 @@ def test_weight_one_is_no_guidance():
     assert (plain - sample.generate(net, cfg, w=lambda sigma: 3.0, **kwargs)).abs().max() > 1e-2
 
 
+def test_power_cosine():
+    """1 + (w - 1) (1 - cos(pi u^s)) / 2 at u = 0, 0.5, 0.75, 1, where u = i / (N - 1) belongs to t_i."""
+    w = sample.guidance(3.8, config(), power=4.0)
+    t = sample.noise_levels(5)
+    assert [w(t[i]) for i in (0, 2, 3, 4)] == pytest.approx([1.0, 1.026901, 1.636545, 3.8], abs=1e-6)
+    t = sample.noise_levels(40)
+    assert all(a < b for a, b in zip([w(s) for s in t[:40]], [w(s) for s in t[1:40]]))
+    assert w(100.0) == 1.0                                                    # churn may go above sigma_max
+    assert sample.guidance(3.8, config(), power=1.0)(sample.noise_levels(3)[1]) == pytest.approx(2.4)
+
+
+def test_power_cosine_of_wrapped_ddpm_follows_its_steps():
+    w = sample.guidance(3.8, config(diffusion='ddpm'), power=4.0)
+    sigmas = model.ddpm_sigmas()
+    assert [w(sigmas[t].item()) for t in (999, 750, 500, 250, 100, 0)] == pytest.approx(
+        [1.000000, 1.000105, 1.026901, 1.636545, 3.059374, 3.8], abs=2e-6)
+
+
+def test_guidance_in_an_interval_costs_nothing_outside():
+    cfg = config()
+    net = randomise(model.Net(cfg))
+    sizes = []
+    look = lambda net, x, levels, y, cfg: sizes.append((levels[0].item(), len(x))) or model.denoise(net, x, levels, y, cfg)
+    D = sample.guided(net, torch.tensor([1, 2]), sample.guidance(3.0, cfg, interval=(0.2, 2.0)), cfg, look)
+    with torch.no_grad():
+        sample.edm_sampler(D, torch.randn(2, 3, 8, 8), sample.noise_levels(20))
+    assert len(sizes) == 39 and {size for _, size in sizes} == {2, 4}
+    assert all((size == 4) == (0.2 < level <= 2.0) for level, size in sizes)
+
+
+# ---------------------------------------------------------------------------------------------- inpainting
+
+@pytest.fixture
+def photo(tmp_path):
+    """An 8 x 8 picture, and a mask whose white pixels touch 5 of the 16 tokens."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / 'photo.png')
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:6, 2:6] = 255                                                      # tokens 5, 6, 9, 10
+    mask[0, 0] = 255                                                          # a corner of token 0
+    Image.fromarray(mask).save(tmp_path / 'mask.png')
+    return tmp_path / 'photo.png', tmp_path / 'mask.png'
+
+
+@pytest.mark.parametrize('method', ['mdt', 'maskdit', 'mcdit'])
+def test_inpainting_keeps_what_is_known(method, checkpoint, photo, tmp_path):
+    path = checkpoint(**config(method))
+    arguments = [str(path), '-n', '3', '--steps', '4', '--cfg', '2', '--inpaint', str(photo[0]), '--mask', str(photo[1])]
+    sample.main([*arguments, '--npz', str(tmp_path / 'a.npz')])
+    with np.load(tmp_path / 'a.npz') as file:
+        images = file['arr_0'].astype(int)
+    original = np.asarray(Image.open(photo[0])).astype(int)
+    unknown = np.zeros((4, 4), bool)
+    unknown[1:3, 1:3] = unknown[0, 0] = True
+    pixels = unknown.repeat(2, 0).repeat(2, 1)
+    assert (images[:, ~pixels] == original[~pixels]).all()
+    for image in images:
+        assert (image[pixels] != original[pixels]).mean() > 0.9
+    assert (images[0][pixels] != images[1][pixels]).any()
+
+
+def looks(method, fill_steps, steps=4):
+    """What the network was given at each evaluation of an inpainting: (sigma, x, visible, patches)."""
+    cfg = config(method)
+    net = randomise(model.Net(cfg))
+    rng = torch.Generator().manual_seed(0)
+    x0 = torch.randn(1, 3, 8, 8, generator=rng, dtype=torch.float64)
+    known = torch.arange(16) % 3 > 0
+    noise = torch.randn(2, 3, 8, 8, generator=rng, dtype=torch.float64)
+    t = sample.noise_levels(steps)
+    look, hold = sample.inpainting(cfg, x0, known, noise, t, fill_steps)
+    seen = []
+
+    def spy(x, c_noise, y, visible, patches):
+        seen.append((c_noise.mul(4).exp()[0].item(), x, visible, patches))
+        return net(x, c_noise, y, visible, patches)
+    spy.pos = net.pos
+    D = sample.guided(spy, torch.tensor([1, 2]), sample.guidance(1.0, cfg), cfg, look)
+    with torch.no_grad():
+        end = sample.edm_sampler(D, noise, t, hold=hold)
+    return cfg, x0, known, noise, t, seen, end
+
+
+@pytest.mark.parametrize('method', ['mdt', 'maskdit'])
+@pytest.mark.parametrize('fill_steps', [0, 1, 4])
+def test_mdt_fills_first_and_then_goes_on_as_usual(method, fill_steps):
+    """Known tokens are visible and held at x0 + sigma z; the masked path runs at the levels above t_k."""
+    cfg, x0, known, noise, t, seen, end = looks(method, fill_steps)
+    assert len(seen) == 7
+    for sigma, scaled, visible, _ in seen:
+        assert (visible is not None) == (sigma > t[fill_steps] * (1 + 1e-9))
+        if visible is not None:
+            assert visible.tolist() == [known.nonzero().flatten().tolist()] * 2
+        held = model.patchify(scaled * math.sqrt(sigma ** 2 + 0.25) - x0 - sigma * noise, 2)[:, known]
+        assert held.abs().max() < 1e-9 * max(sigma, 1)
+    assert torch.equal(model.patchify(end, 2)[:, known], model.patchify(x0, 2).expand(2, -1, -1)[:, known])
+
+
+def test_mcdit_turns_the_roles():
+    """Unknown tokens are the visible noisy ones, known ones the clean fill x0 / sd, and nothing is noised again."""
+    cfg, x0, known, noise, t, seen, end = looks('mcdit', 1)
+    for sigma, scaled, visible, patches in seen:
+        assert visible.tolist() == [(~known).nonzero().flatten().tolist()] * 2
+        assert torch.allclose(patches.double(), model.patchify(x0 / 0.5, 2).expand(2, -1, -1), atol=1e-6)
+        held = model.patchify(scaled * math.sqrt(sigma ** 2 + 0.25) - x0, 2)[:, known]
+        assert held.abs().max() < 1e-9
+    assert torch.equal(model.patchify(end, 2)[:, known], model.patchify(x0, 2).expand(2, -1, -1)[:, known])
+
+
 # ----------------------------------------------------------------------------------------- image i is image i
 
 def test_image_i_does_not_depend_on_the_batch():
@@ -211,6 +320,17 @@ def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
     (['x.pt', '--class', '10'], 'classes 0 to 9'),
     (['u.pt', '--class', '1'], 'without classes'),
     (['u.pt', '--cfg', '2'], 'needs classes'),
+    (['x.pt', '--cfg-power', '4'], 'type its weight'),
+    (['x.pt', '--cfg', '3', '--cfg-interval', '2', '1'], 'the lower one first'),
+    (['x.pt', '--cfg', '3', '--cfg-interval', '1', '2', '--cfg-power', '4'], 'not allowed with'),
+    (['x.pt', '--inpaint', 'photo.png'], 'go together'),
+    (['x.pt', '--fill-steps', '1'], 'is for --inpaint'),
+    (['x.pt', '--inpaint', 'photo.png', '--mask', 'mask.png', '--fill-steps', '1'], 'with mdt or maskdit'),
+    (['x.pt', '--inpaint', 'file', '--mask', 'mask.png'], 'cannot be read'),
+    (['x.pt', '--inpaint', 'photo.png', '--mask', 'black.png'], 'all black'),
+    (['d.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'needs a checkpoint of mdt, maskdit or mcdit'),
+    (['t.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'mcdit, tuned'),
+    (['l.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'latents as an .npy'),
     (['l.pt', '--npz', 'a.npz'], 'latents of 4 channels'),
     (['x.pt', '--npz', 'there.npz'], 'exists already'),
     (['x.pt', '--png', 'full'], 'not empty'),
@@ -221,11 +341,14 @@ def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
     (['there.npz'], 'not a checkpoint'),
     (['x.pt', '--precision', 'fp8'], 'invalid choice'),
     (['x.pt', '--step', '3'], 'unrecognized arguments')])
-def test_refusals_exit_with_2_and_write_nothing(argv, words, checkpoint, tmp_path, monkeypatch, capsys):
+def test_refusals_exit_with_2_and_write_nothing(argv, words, checkpoint, photo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     checkpoint('x.pt')
     checkpoint('u.pt', classes=0, class_names=[])
     checkpoint('l.pt', channels=4)
+    checkpoint('d.pt', method='dit')
+    checkpoint('t.pt', stage='tune')
+    Image.new('L', (8, 8), 0).save('black.png')
     (tmp_path / 'there.npz').write_bytes(b'precious')
     (tmp_path / 'file').write_text('')
     (tmp_path / 'full').mkdir()
