@@ -1,6 +1,6 @@
 """Which pixels or latents does step n see, and how did they get there?
 
-    python data.py shapes                                     # 10 classes of drawn shapes -> shapes/, in seconds
+    python data.py shapes                                  # 10 classes of drawn shapes -> shapes/, in seconds
     python data.py folder ~/pictures --out data --size 64     # a tree of PNG, JPEG or WebP files -> data/
 
 Every script of this repository reads a folder with three files:
@@ -59,7 +59,7 @@ class Data:
             raise BadInput(f'there is no data folder {path}: {make}')
         try:
             meta = json.loads((self.path / 'meta.json').read_text())
-            self.array = np.load(self.path / 'data.npy', mmap_mode='r')       # numpy refuses pickles by default
+            self.array = np.load(self.path / 'data.npy', mmap_mode='r')     # numpy refuses pickles by default
             self.labels = np.load(self.path / 'labels.npy')
         except FileNotFoundError as error:
             raise BadInput(f'{path} is not a data folder, it has no {os.path.basename(error.filename)}: {make}') from None
@@ -152,7 +152,7 @@ def save_folder(out, rows, dtype, shape, meta, seed):
                 file.write(np.ascontiguousarray(row, dtype).tobytes())
                 labels.append(label)
             file.seek(0)
-            write_header()                                                    # numpy pads for this: same length
+            write_header()                                                  # numpy pads for this: same length
         np.save(partial / 'labels.npy', np.array(labels, np.int64))
         (partial / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
         if labels and dtype == 'uint8':
@@ -331,7 +331,7 @@ def make_folder(source, out, size, workers, seed=0):
     if not found:
         raise BadInput(f'{source} holds no picture: expected {", ".join(SUFFIXES)} files, in one sub-folder a class '
                        f'or in none')
-    order = np.random.default_rng(seed).permutation(len(found))               # the held-out end is a fair sample
+    order = np.random.default_rng(seed).permutation(len(found))            # the held-out end is a fair sample
     found = [found[i] for i in order]
 
     def rows():

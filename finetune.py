@@ -2,7 +2,7 @@
 
     python finetune.py out/0400000.pt --out tuned                                # MC-DiT's appendix A.2
     torchrun --nproc_per_node 4 finetune.py out/0400000.pt --out tuned --batch 512
-    python finetune.py DiT-XL-2-256x256.pt --data flowers --out tuned            # published weights, other classes
+    python finetune.py DiT-XL-2-256x256.pt --data flowers --out tuned       # published weights, other classes
 
 Masked training never shows the decoder an encoder's tokens in every slot, and sampling shows it nothing else.
 So the loss is now DiT's, over all tokens, through encoder and decoder. What changes against train.py:
@@ -58,7 +58,7 @@ def main(argv=None):
     if theirs != ours:
         raise BadInput(f'{dataset.path} has resolution and channels {ours}, and {args.checkpoint} was trained on '
                        f'{theirs}: give other --data')
-    classes = dataset.classes if trained['classes'] else 0                    # without labels it stays without
+    classes = dataset.classes if trained['classes'] else 0                   # without labels it stays without
     cfg = {name: trained[name] for name in ARCHITECTURE} | {
         'stage': 'tune', 'classes': classes, 'class_names': dataset.class_names if classes else [],
         'data': str(dataset.path), 'kind': dataset.kind, 'count': dataset.count, 'mask_ratio': 0.0,

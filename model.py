@@ -102,7 +102,7 @@ def position_table(g, width):
 # ---------------------------------------------------------------------------------------- building blocks
 
 def layer_norm(x):
-    return functional.layer_norm(x, x.shape[-1:], eps=1e-6)                   # no gain or bias: adaLN has them
+    return functional.layer_norm(x, x.shape[-1:], eps=1e-6)                  # no gain or bias: adaLN has them
 
 
 def modulate(x, shift, scale):
@@ -217,7 +217,7 @@ class Net(nn.Module):
             raise BadInput(f'patches of {p} do not divide a picture of {cfg["resolution"]} x {cfg["resolution"]}: '
                            f'choose another patch in --model, or data of another size')
         method = METHODS[cfg['method']]
-        own = method['decoder'] == 'own'                                      # MDT: no narrow decoder, but learned
+        own = method['decoder'] == 'own'                                 # MDT: no narrow decoder, but learned
         self.patch, self.channels = p, cfg['channels']                        # positions and biased attention
         self.grid, P = cfg['resolution'] // p, p * p * cfg['channels']
         if own:
@@ -277,7 +277,7 @@ class Net(nn.Module):
         else:
             slots = self.fill_embed(patches)                                  # (B, N, e)
         slots = put(gain * slots.to(tokens.dtype), visible, tokens) + self.decoder_pos   # (B, N, e)
-        if hasattr(self, 'side_block'):                                       # MDT's side-interpolater, then its
+        if hasattr(self, 'side_block'):                                    # MDT's side-interpolater, then its
             made = self.side_block(slots, c, self.relative)                   # masked shortcut: visible slots
             slots = put(made, visible, take(slots, visible).to(made.dtype))   # keep their own
         return slots
@@ -313,7 +313,7 @@ class Net(nn.Module):
         return unpatchify(values, self.patch, self.outputs).to(self.pos.dtype), c, logits
 
 
-TRAINING_ONLY = ('mask_token', 'fill_embed.', 'side_block.', 'head.')         # name prefixes; tuning and sampling
+TRAINING_ONLY = ('mask_token', 'fill_embed.', 'side_block.', 'head.')     # name prefixes; tuning and sampling
                                                                               # have no slot to fill
 
 
@@ -330,7 +330,7 @@ def initialise(net):
     for weight in small:
         nn.init.normal_(weight, std=0.02)
     for name, module in net.named_modules():
-        if name.endswith('modulation') or name == 'final.linear':             # adaLN-Zero: every block starts as
+        if name.endswith('modulation') or name == 'final.linear':          # adaLN-Zero: every block starts as
             nn.init.zeros_(module.weight)                                     # the identity, and F as zero
 
 
@@ -403,7 +403,7 @@ def make_teacher(net, cfg):
     elif cfg['stage'] == 'train' and cfg['method'] == 'mcdit' and (cfg['lambda_con1'] or cfg['lambda_con2']):
         if cfg['teacher_encoder']:                                            # MC-DiT Table 12
             teacher = copy.deepcopy(net)
-            del teacher.fill_embed                                            # it runs on all tokens: no holes
+            del teacher.fill_embed                                           # it runs on all tokens: no holes
         else:
             teacher = EMADecoder(net)
     return teacher if teacher is None else teacher.requires_grad_(False)
@@ -630,8 +630,8 @@ def sddit_loss(net, teacher, x0, y, draws, cfg):
         said = torch.cat([said[:, :1] - centers[0], take(said[:, 1:], visible) - centers[1]], dim=1)
     crossed, entropy = cross_entropy(logits, said, teacher_temperature(draws['progress']).view(-1, 1, 1))
     discriminate = crossed[:, 0].mean() + crossed[:, 1:].mean()               # [CLS] + patches, eq. 12
-    parts = {'generate': generate, 'discriminate': discriminate,              # a collapsed teacher shows in the
-             'teacher_entropy': entropy[:, 1:].mean(),                        # entropy: ln 8192 = 9.01 or 0, and
+    parts = {'generate': generate, 'discriminate': discriminate,            # a collapsed teacher shows in the
+             'teacher_entropy': entropy[:, 1:].mean(),                     # entropy: ln 8192 = 9.01 or 0, and
              'kl': (crossed - entropy)[:, 1:].mean()}                         # in a kl of 0
     return generate + discriminate, {name: part.detach() for name, part in parts.items()}
 
@@ -668,7 +668,7 @@ def mcdit_loss(net, teacher, x0, y, draws, cfg):
     elif cfg['lambda_noise']:
         parts['noise'] = mean_over((D - xt) ** 2, masked, p)                  # eq. 9
         parts['noise_above_floor'] = parts['noise'] - mean_over((xt - x0) ** 2, masked, p)
-        loss = clean + cfg['lambda_noise'] * parts['noise']                   # nobody sees n there: E[n^2] stays
+        loss = clean + cfg['lambda_noise'] * parts['noise']                # nobody sees n there: E[n^2] stays
     else:
         loss = clean
 
@@ -726,11 +726,11 @@ def read_checkpoint(path):
     `opt`. Published weights of MaskDiT, DiT and MDT are translated. Never runs code from the file.
     Raises BadInput with what is wrong."""
     try:
-        with zipfile.ZipFile(path) as archive:                                # torch.load sees no flipped byte;
+        with zipfile.ZipFile(path) as archive:                              # torch.load sees no flipped byte;
             broken = archive.testzip()                                        # the archive's CRC-32s do
         if broken:
             raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
-        with torch.serialization.safe_globals([argparse.Namespace]):          # DiT and MaskDiT keep their `args`
+        with torch.serialization.safe_globals([argparse.Namespace]):       # DiT and MaskDiT keep their `args`
             state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)   # 11 GB at XL: read as used
     except FileNotFoundError:
         raise BadInput(f'there is no checkpoint {path}: give a file such as out/0010000.pt') from None
@@ -738,7 +738,7 @@ def read_checkpoint(path):
         raise BadInput(f'{path} cannot be read: {error.strerror or error}') from None
     except BadInput:
         raise
-    except Exception as error:                                                # what torch raises here has many types
+    except Exception as error:                                         # what torch raises here has many types
         raise BadInput(f'{path} is not a checkpoint or is truncated ({type(error).__name__})') from None
     if isinstance(state, dict) and {'ema', 'step', 'config'} <= state.keys():
         return state
@@ -823,7 +823,7 @@ def recognise(weights):
         raise BadInput(f'it has {depth} blocks of width {D}, and the sizes are '
                        + ', '.join(f'{name} {d} of {w}' for name, (d, w, _) in SIZES.items()))
     table = weights['y_embedder.embedding_table.weight'].shape
-    classes = table[1] if method == 'maskdit' else table[0] - 1               # MaskDiT: a Linear on one-hot labels
+    classes = table[1] if method == 'maskdit' else table[0] - 1          # MaskDiT: a Linear on one-hot labels
     outputs = weights['final_layer.linear.weight'].shape[0]
     return METHODS[method]['defaults'] | {
         'stage': 'train', 'method': method, 'model': f'{size}/{p}', 'data': None, 'channels': C, 'classes': classes,
@@ -840,7 +840,7 @@ def to_our_names(theirs, cfg):
         for old, new in OFFICIAL_NAMES:
             key = key.replace(old, new)
         if key == 'patch_embed.weight':
-            value = value.permute(0, 2, 3, 1).flatten(1)                      # (D, C, p, p): channels first there
+            value = value.permute(0, 2, 3, 1).flatten(1)                  # (D, C, p, p): channels first there
         elif key == 'y_embed.weight' and cfg['method'] == 'maskdit':
             value = torch.cat([value.T, value.new_zeros(1, value.shape[0])])  # dropped labels are a zero vector there
         elif key.endswith('.bias') and value.ndim == 2:
@@ -870,7 +870,7 @@ def to_maskdit_names(ours, cfg):
         elif part[0] in ('blocks', 'decoder_blocks') and part[2] in ('fc1', 'fc2'):
             key = '.'.join([*part[:2], 'mlp', *part[2:]])
         key = key.replace('modulation.', 'adaLN_modulation.1.')
-        for theirs_, ours_ in OFFICIAL_NAMES[:8]:                             # of the parts that are no blocks
+        for theirs_, ours_ in OFFICIAL_NAMES[:8]:                            # of the parts that are no blocks
             if key.startswith(ours_):
                 key = theirs_ + key.removeprefix(ours_)
                 break

@@ -1,6 +1,6 @@
 """Noise to pictures: the sampler of EDM (Karras et al. 2022, Algorithms 1 and 2) with guidance.
 
-    python sample.py out/0400000.pt                                      # 16 pictures in out/0400000-samples.png
+    python sample.py out/0400000.pt                                   # 16 pictures in out/0400000-samples.png
     python sample.py out/0400000.pt -n 50 --class 3 7 --cfg 4           # of two classes
     python sample.py out/0400000.pt --cfg 4 --cfg-interval 0.2 2         # guided at these noise levels only
     python sample.py out/0400000.pt --inpaint photo.png --mask mask.png  # what is white in the mask is made anew
@@ -156,7 +156,7 @@ def read_inpainting(args, cfg):
     if x0.shape != (C, H, H) or not torch.isfinite(x0).all():
         raise BadInput(f'--inpaint {args.inpaint} holds {tuple(x0.shape)}: this network needs finite {(C, H, H)}'
                        + (', latents as an .npy file' if C not in (1, 3) else ''))
-    known = torch.from_numpy(np.array(mask)).flatten() == 0                   # a token with any white is made anew
+    known = torch.from_numpy(np.array(mask)).flatten() == 0              # a token with any white is made anew
     if known.all() or not known.any():
         raise BadInput(f'--mask {args.mask} is all {"black" if known.all() else "white"} on the {len(known)} tokens: white is '
                        f'made anew, black is kept, and both are needed')
@@ -305,7 +305,7 @@ def main(argv=None):
     labels = [label_of(args.seed, i, allowed, args.balanced) for i in range(args.n)]
     mine = list(range(args.n))[rank::world]
     batches = [mine[k:k + args.batch] for k in range(0, len(mine), args.batch)]
-    scratch = (args.npz or grid) + '.partial.npy'                             # a file, not memory, holds them all
+    scratch = (args.npz or grid) + '.partial.npy'                         # a file, not memory, holds them all
     kept = args.n if args.npz else min(args.n, 100)
     shape = (kept, 3, cfg['resolution'], cfg['resolution'])
     try:

@@ -25,6 +25,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -114,11 +115,11 @@ def configuration(args, dataset):
 
 # ------------------------------------------------------------------------------- checkpoints, written and found
 
-MAY_DIFFER = ('data', 'class_names', 'tuned_from')                            # between a run and its continuation
+MAY_DIFFER = ('data', 'class_names', 'tuned_from')                        # between a run and its continuation
 
 
 def save(path, state):
-    """Write a file complete or not at all: a temporary name, flushed to disk, then renamed."""
+    """Write a file complete or not at all: a temporary name, flushed to disk, then renamed. Raises BadInput."""
     temporary = f'{path}.tmp{os.getpid()}'
     try:
         with open(temporary, 'wb') as file:
@@ -126,6 +127,10 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:              # torch hides an OSError in the second
+        error = error if isinstance(error, OSError) else error.__context__
+        raise BadInput(f'cannot write {path}: {getattr(error, "strerror", error)}; what was written before is '
+                       f'whole, so make room and type the same command again') from None
     finally:
         pathlib.Path(temporary).unlink(missing_ok=True)
 
@@ -279,10 +284,11 @@ def train(args, cfg, dataset, start=None):
     # resume: process 0 chooses the checkpoint, so that all take the same
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / 'log.jsonl', 'a'):
-            pass                                                              # now, not at the first checkpoint
+        for folder in [out] + ([pathlib.Path(args.export).parent] if args.export else []):
+            tempfile.TemporaryFile(dir=folder).close()                        # found out now, not after days
     except OSError as error:
-        raise BadInput(f'cannot write to --out {out}: {error.strerror}') from None
+        raise BadInput(f'cannot write to {error.filename}, which --out or --export names: '
+                       f'{error.strerror}') from None
     path, state = newest_checkpoint(out, cfg) if rank == 0 else (None, None)
     step = torch.tensor([state['step'] if state else 0], device=device)
     if world > 1:
@@ -333,7 +339,10 @@ def train(args, cfg, dataset, start=None):
             log.write(json.dumps({'step': step, 'sigma': EVAL_SIGMAS} | result) + '\n')
             tqdm.write(show(result))
             if args.preview:
-                preview(ema, cfg, out / f'samples-{step:07d}.png', args.preview, precision)
+                try:
+                    preview(ema, cfg, out / f'samples-{step:07d}.png', args.preview, precision)
+                except (OSError, data.BadInput) as error:                     # no picture is worth a run
+                    tqdm.write(f'no picture at step {step}: {error}')
 
     def checkpoint(step):
         if rank == 0:
@@ -422,7 +431,7 @@ def train(args, cfg, dataset, start=None):
 def read_log(out):
     """The lines of `out`/log.jsonl as dictionaries; a last line that a kill cut short is left out."""
     lines = []
-    for line in (out / 'log.jsonl').read_text().splitlines():
+    for line in (out / 'log.jsonl').read_text().splitlines() if (out / 'log.jsonl').exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return lines

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import runpy
 import shlex
 import subprocess
@@ -206,6 +207,28 @@ def test_a_damaged_checkpoint_is_passed_over(shapes, tmp_path, capsys):
         run(shapes, tmp_path / 'a', '--steps', '4')
 
 
+def test_a_full_disk_leaves_the_checkpoint_before(shapes, tmp_path, monkeypatch):
+    """Nothing may grow beyond a few bytes once the first checkpoint is written."""
+    monkeypatch.setattr(train.os, 'fsync', lambda file: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(model.BadInput, match='cannot write .*0000002.pt: File too large'):
+            run(shapes, tmp_path, '--steps', '3', '--save-every', '1')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ['0000001.pt', 'log.jsonl']
+    assert model.read_checkpoint(tmp_path / '0000001.pt')['step'] == 1
+
+
+def test_a_failed_picture_does_not_end_a_run(shapes, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(data, 'save_grid', full)
+    run(shapes, tmp_path, '--steps', '1', '--preview', '2')
+    assert 'no picture at step 1: [Errno 28] No space left' in capsys.readouterr().out
+    assert (tmp_path / '0000001.pt').exists()
+
+
 # -------------------------------------------------------------------------------------------------- tuning
 
 @pytest.mark.parametrize('method', model.METHODS)
@@ -330,7 +353,8 @@ def test_torchrun_makes_shapes_once_and_trains(tmp_path):
     (['--method', 'vae'], 'invalid choice'),
     (['--tokens', 'none'], 'invalid choice'),
     (['--mask', '0.5'], 'unrecognized arguments'),
-    (['--out', 'file/inside'], 'cannot write to --out'),
+    (['--out', 'file/inside'], 'cannot write to file/inside'),
+    (['--export', 'file/x.pt'], 'which --out or --export names'),
     (['--out', 'other'], "method was 'dit' and is now 'mcdit'"),
     (['--out', 'text'], 'none of the 1 checkpoints')])
 def test_refusals_exit_with_2_and_write_nothing(argv, words, shapes, tmp_path, monkeypatch, capsys):
