@@ -41,7 +41,7 @@ class BadInput(ValueError):
 
 # ------------------------------------------------------------------------------------------------ sizes
 
-SIZES = {'T': (4, 192, 6), 'S': (12, 384, 6), 'B': (12, 768, 12), 'L': (24, 1024, 16), 'XL': (28, 1152, 16)}
+SIZES = {'T': (4, 128, 4), 'S': (12, 384, 6), 'B': (12, 768, 12), 'L': (24, 1024, 16), 'XL': (28, 1152, 16)}
 PATCHES = (2, 4, 8)
 DECODER = (8, 512, 16)                        # depth, width, heads: the same for S to XL, as in MaskDiT
 TINY_DECODER = (2, 128, 4)                    # for T, the size for laptops and tests

@@ -238,6 +238,14 @@ def where_am_i():
     return rank, world, device
 
 
+def git_commit():
+    try:
+        return subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=pathlib.Path(__file__).parent,
+                              capture_output=True, text=True).stdout.strip() or 'unknown'
+    except OSError:                                                           # no git on this machine
+        return 'unknown'
+
+
 def check(args, cfg, world):
     """What does not depend on files. Raises BadInput."""
     share = world * args.accumulate
@@ -264,6 +272,8 @@ def train(args, cfg, dataset, start=None):
     rank, world, device = where_am_i()
     check(args, cfg, world)
     precision = sample.pick_precision(args.precision, device)
+    if device.type == 'cpu' and precision == torch.bfloat16:
+        torch.backends.cuda.enable_flash_sdp(False)       # rules CPUs too, where its bfloat16 backward takes half a step
     micro = args.batch // world // args.accumulate
     out = pathlib.Path(args.out)
 
@@ -301,13 +311,12 @@ def train(args, cfg, dataset, start=None):
         if teacher is not None:
             teacher.load_state_dict(state['teacher'])
         optimizer.load_state_dict(state['opt'])
+    del state
     student = net
     if world > 1:
         student = DistributedDataParallel(net, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
 
     # the header, which is the first line of the log as well
-    commit = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=pathlib.Path(__file__).parent,
-                            capture_output=True, text=True).stdout.strip()
     hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
     count = sum(p.numel() for p in net.parameters())
     branch = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
@@ -322,12 +331,13 @@ def train(args, cfg, dataset, start=None):
             'batch': f'{args.batch} = {world} x {micro} x {args.accumulate} (processes x images x accumulation)',
             'steps': f'{step} to {args.steps}',
             'versions': f'torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}',
-            'commit': commit or 'unknown', 'seed': cfg['seed'], 'config': cfg}
+            'commit': git_commit(), 'seed': cfg['seed'], 'config': cfg}
         print(''.join(f'{name:10}{value}\n' for name, value in lines.items() if name != 'config'), end='', flush=True)
         if step:
             print(f'resumes   {path}')
             keep = [line for line in read_log(out) if line.get('step', 0) <= step]
-            (out / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in keep))
+            (out / 'log.tmp').write_text(''.join(json.dumps(line) + '\n' for line in keep))
+            os.replace(out / 'log.tmp', out / 'log.jsonl')
         log = open(out / 'log.jsonl', 'a' if step else 'w', buffering=1)
         if not step:
             log.write(json.dumps(lines) + '\n')
