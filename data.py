@@ -7,7 +7,7 @@ Every script of this repository reads a folder with three files:
 
     data.npy     memory-mapped; one of three kinds, and the kind is in meta.json
                    images     uint8   (N, C, H, W)     pixels, used as x/127.5 - 1
-                   moments    float16 (N, 2C, h, w)    a VAE's mean, then log-variance: sampled anew at each use
+                   moments    float16 (N, 2C, h, w)    a VAE's mean, then log-variance: sampled at each use
                    latents    float   (N, C, h, w)     already sampled and scaled, as other repositories write
     labels.npy   int64 (N,)
     meta.json    {"kind", "classes"}; for moments "scale"; and, where known, "class_names"
@@ -62,7 +62,8 @@ class Data:
             self.array = np.load(self.path / 'data.npy', mmap_mode='r')     # numpy refuses pickles by default
             self.labels = np.load(self.path / 'labels.npy')
         except FileNotFoundError as error:
-            raise BadInput(f'{path} is not a data folder, it has no {os.path.basename(error.filename)}: {make}') from None
+            lacks = os.path.basename(error.filename)
+            raise BadInput(f'{path} is not a data folder, it has no {lacks}: {make}') from None
         except (OSError, ValueError, EOFError, TypeError) as error:
             raise BadInput(f'{path} has a file that is truncated or cannot be read: {error}') from None
         self.kind = meta.get('kind') if isinstance(meta, dict) else None
@@ -70,7 +71,7 @@ class Data:
             raise BadInput(f'{path}/meta.json says kind {self.kind!r}: expected one of {", ".join(KINDS)}')
         self.classes, self.scale = meta.get('classes'), meta.get('scale', LATENT_SCALE)
         if type(self.classes) is not int or self.classes < 0 or type(self.scale) not in (int, float):
-            raise BadInput(f'{path}/meta.json needs "classes", a number from 0 up, and "scale" must be a number')
+            raise BadInput(f'{path}/meta.json needs "classes", a number from 0 up, and "scale" is a number')
         self.class_names = meta.get('class_names') or [str(i) for i in range(self.classes)]
 
         shape, dtype = self.array.shape, self.array.dtype
@@ -78,13 +79,13 @@ class Data:
             raise BadInput(f'{path}/data.npy holds {dtype} {shape}: {self.kind} are '
                            f'{" or ".join(KINDS[self.kind])} (N, C, H, H), with pictures as high as wide')
         if self.kind == 'moments' and shape[1] % 2:
-            raise BadInput(f'{path}/data.npy holds moments of {shape[1]} channels: expected means, then as many '
-                           f'log-variances')
+            raise BadInput(f'{path}/data.npy holds moments of {shape[1]} channels: expected means, then as '
+                           f'many log-variances')
         self.count, self.resolution = shape[0], shape[2]
         self.channels = shape[1] // 2 if self.kind == 'moments' else shape[1]
         if self.count < 2:
-            raise BadInput(f'{path}/data.npy holds {self.count} images: at least 2 are needed, one to train on '
-                           f'and one held out')
+            raise BadInput(f'{path}/data.npy holds {self.count} images: at least 2 are needed, one to '
+                           f'train on and one held out')
         if self.labels.shape != (self.count,) or self.labels.dtype != np.int64:
             raise BadInput(f'{path}/labels.npy holds {self.labels.dtype} {self.labels.shape}: expected int64 '
                            f'({self.count},), one label an image')
@@ -93,12 +94,12 @@ class Data:
             raise BadInput(f'{path}/labels.npy holds labels from {low} to {high}, but meta.json says '
                            f'{self.classes} classes, so labels from 0 to {max(self.classes, 1) - 1}')
         if not isinstance(self.class_names, list) or len(self.class_names) != self.classes:
-            raise BadInput(f'{path}/meta.json must name {self.classes} classes in "class_names", or leave it out')
+            raise BadInput(f'{path}/meta.json must name {self.classes} classes in "class_names" or lack it')
         self.held_out = min(1000, max(1, self.count // 50))
         self.trained = self.count - self.held_out
 
     def rows(self, indices):
-        """What the file holds at `indices`, and the labels: two tensors. `to_input` makes the first usable."""
+        """What the file holds at `indices`, and the labels: two tensors. `to_input` takes the first."""
         return torch.from_numpy(self.array[indices]), torch.from_numpy(self.labels[indices])
 
     def to_input(self, raw, normal):
@@ -127,7 +128,8 @@ def batch_indices(seed, step, batch, n):
     """
     position = np.arange(step * batch, (step + 1) * batch)
     epochs = position // n
-    return np.concatenate([permutation(seed, int(e), n)[position[epochs == e] % n] for e in np.unique(epochs)])
+    parts = [permutation(seed, int(e), n)[position[epochs == e] % n] for e in np.unique(epochs)]
+    return np.concatenate(parts)
 
 
 # --------------------------------------------------------------------------------------- writing a folder
@@ -135,8 +137,8 @@ def batch_indices(seed, step, batch, n):
 def save_folder(out, rows, dtype, shape, meta, seed):
     """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
 
-    The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of several
-    processes that make the same folder at once, the first wins. Returns the number of rows.
+    The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of
+    several processes that make the same folder at once, the first wins. Returns the number of rows.
     """
     out = pathlib.Path(out)
     partial = out.parent / f'.{out.name}.partial{os.getpid()}'
@@ -173,7 +175,7 @@ def save_folder(out, rows, dtype, shape, meta, seed):
 
 
 def to_uint8(x):
-    """(n, C, H, W) floats about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput if not finite."""
+    """(n, C, H, W) floats about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput if infinite."""
     if not torch.isfinite(x).all():
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
         raise BadInput(f'pictures {bad} of a batch are not finite numbers: the network has diverged')
@@ -224,7 +226,8 @@ SHAPES = {
     'dots': lambda x, y: disc(abs(x), abs(y), 0.42, 0.55, 0.55),
     'dumbbell': lambda x, y: disc(abs(x), y, 0.45, 0.55) | box(x, y, 0.5, 0.15),
     'moon': lambda x, y: disc(x, y, 0.95) & ~disc(x, y, 0.75, 0.45),
-    'face': lambda x, y: disc(x, y, 0.98) & ~disc(abs(x), y, 0.2, 0.38, -0.28) & ~box(x, y, 0.45, 0.14, 0, 0.42),
+    'face': lambda x, y: (disc(x, y, 0.98) & ~disc(abs(x), y, 0.2, 0.38, -0.28)
+                          & ~box(x, y, 0.45, 0.14, 0, 0.42)),
 }
 SHAPES_SIZE, SHAPES_COUNT = 16, 20_000
 SUPERSAMPLE = 4                               # a pixel is the mean of 4 x 4 points
@@ -250,7 +253,7 @@ def draw_shapes(labels, size, rng):
         wrong = wrong[np.linalg.norm(paint[wrong] - ground[wrong], axis=1) < 0.6]
     slope = rng.uniform(-0.12, 0.12, (n, 3, 2, 1, 1)).astype(np.float32)      # the background's colour drifts
     line = at.reshape(size, SUPERSAMPLE).mean(1)
-    back = ground[:, :, None, None] + slope[:, :, 0] * line[None, None, None, :] + slope[:, :, 1] * line[:, None]
+    back = ground[:, :, None, None] + slope[:, :, 0] * line + slope[:, :, 1] * line[:, None]
     pictures = inside * paint[:, :, None, None] + (1 - inside) * back
     return np.rint(pictures.clip(0, 1) * 255).astype(np.uint8)
 
@@ -263,7 +266,8 @@ def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
             labels = rng.integers(len(SHAPES), size=min(500, count - start))
             yield from zip(draw_shapes(labels, size, rng), labels.tolist())
 
-    meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES), 'source': f'shapes, seed {seed}'}
+    meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES),
+            'source': f'shapes, seed {seed}'}
     save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
 
 
@@ -329,30 +333,33 @@ def make_folder(source, out, size, workers, seed=0):
         skipped = [(path, 'lies beside the class folders') for path, name in found if name == NO_CLASS]
         found = [(path, name) for path, name in found if name != NO_CLASS]
     if not found:
-        raise BadInput(f'{source} holds no picture: expected {", ".join(SUFFIXES)} files, in one sub-folder a class '
-                       f'or in none')
+        raise BadInput(f'{source} holds no picture: expected {", ".join(SUFFIXES)} files, in one sub-folder '
+                       f'a class or in none')
     order = np.random.default_rng(seed).permutation(len(found))            # the held-out end is a fair sample
     found = [found[i] for i in order]
 
     def rows():
+        good = 0
         with multiprocessing.get_context('spawn').Pool(workers) as pool:
-            pictures = pool.imap(functools.partial(read_picture, size=size), [path for path, _ in found], chunksize=16)
+            read = functools.partial(read_picture, size=size)
+            pictures = pool.imap(read, [path for path, _ in found], chunksize=16)
             for (path, name), picture in tqdm(zip(found, pictures), 'pictures', len(found), unit=''):
                 if isinstance(picture, str):
                     skipped.append((path, picture))
                 else:
+                    good += 1
                     yield picture, names.index(name) if names else 0
-        if len(skipped) + 2 > len(found) and len(found) - len(skipped) < 2:
-            raise BadInput(f'{source} holds fewer than 2 readable pictures ({len(skipped)} could not be read); the '
-                           f'first: {skipped[0][0]}, {skipped[0][1]}')
+        if good < 2:
+            raise BadInput(f'{source} holds fewer than 2 readable pictures ({len(skipped)} could not be '
+                           f'read); the first: {skipped[0][0]}, {skipped[0][1]}')
 
     meta = {'kind': 'images', 'classes': len(names), 'source': f'folder, {size} pixels'}
     meta |= {'class_names': names} if names else {}
     count = save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
     for path, reason in skipped:
         print(f'skipped {path}: {reason}')
-    print(f'{out}: {count} pictures of {size} x {size}, {len(names) or "no"} classes, {len(skipped)} skipped; '
-          f'a look at them: {out}/preview.png')
+    print(f'{out}: {count} pictures of {size} x {size}, {len(names) or "no"} classes, '
+          f'{len(skipped)} skipped; a look at them: {out}/preview.png')
 
 
 # ------------------------------------------------------------------------------------------- command line

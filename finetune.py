@@ -15,7 +15,10 @@ So the loss is now DiT's, over all tokens, through encoder and decoder. What cha
 """
 
 import argparse
+import os
 import sys
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch: idle CPU threads sleep, see train.py
 
 import torch
 import torch.distributed as dist
@@ -30,11 +33,12 @@ ARCHITECTURE = ('method', 'model', 'resolution', 'channels', 'sigma_data', 'diff
 
 def parse(argv):
     parser = argparse.ArgumentParser(description='Unmasked tuning.', allow_abbrev=False)
-    parser.add_argument('checkpoint', help='file of train.py')
-    parser.add_argument('--out', required=True, help='folder for all that is written, another than training wrote to')
-    parser.add_argument('--data', help='data folder (default: the one trained on)')
-    parser.add_argument('--lr', type=float, default=5e-5, help='learning rate')
-    parser.add_argument('--seed', type=int, default=1)
+    flag = parser.add_argument
+    flag('checkpoint', help='file of train.py')
+    flag('--out', required=True, help='folder for all that is written, not the one training wrote to')
+    flag('--data', help='data folder (default: the one trained on)')
+    flag('--lr', type=float, default=5e-5, help='learning rate')
+    flag('--seed', type=int, default=1)
     train.shared_flags(parser, steps=50_000, batch=128)
     return parser.parse_args(argv)
 
@@ -49,15 +53,16 @@ def main(argv=None):
     state = model.read_checkpoint(args.checkpoint)
     trained = state['config']
     if 'model' not in state:
-        raise BadInput(f'{args.checkpoint} holds the EMA weights alone (--export): tuning continues `model` as well, so '
-                       f'give a checkpoint of train.py')
+        raise BadInput(f'{args.checkpoint} holds the EMA weights alone (--export): tuning continues `model` '
+                       f'as well, so give a checkpoint of train.py')
     if not (args.data or trained['data']):
-        raise BadInput(f'{args.checkpoint} does not say what it was trained on: give a data folder with --data')
+        raise BadInput(f'{args.checkpoint} does not say what it was trained on: give a data folder '
+                       f'with --data')
     dataset = data.open_data(args.data or trained['data'])
     theirs, ours = (trained['resolution'], trained['channels']), (dataset.resolution, dataset.channels)
     if theirs != ours:
-        raise BadInput(f'{dataset.path} has resolution and channels {ours}, and {args.checkpoint} was trained on '
-                       f'{theirs}: give other --data')
+        raise BadInput(f'{dataset.path} has resolution and channels {ours}, and {args.checkpoint} was '
+                       f'trained on {theirs}: give other --data')
     classes = dataset.classes if trained['classes'] else 0                   # without labels it stays without
     cfg = {name: trained[name] for name in ARCHITECTURE} | {
         'stage': 'tune', 'classes': classes, 'class_names': dataset.class_names if classes else [],
@@ -66,9 +71,10 @@ def main(argv=None):
         'ema_step': trained['ema_step'] + state['step'], 'tuned_from': args.checkpoint}
     start = [tunable(state[name]) for name in ('model', 'ema')]
     if classes != trained['classes']:
-        print(f'labels    {trained["classes"]} classes were trained and the data has {classes}: the label table is new, but '
-              f'for the row of dropped labels')
-        rows = 0.02 * torch.randn(classes, start[0]['y_embed.weight'].shape[1], generator=model.generator('cpu', args.seed, 'labels'))
+        print(f'labels    {trained["classes"]} classes were trained and the data has {classes}: the label '
+              f'table is new, but for the row of dropped labels')
+        width, rng = start[0]['y_embed.weight'].shape[1], model.generator('cpu', args.seed, 'labels')
+        rows = 0.02 * torch.randn(classes, width, generator=rng)
         for weights in start:
             weights['y_embed.weight'] = torch.cat([rows, weights['y_embed.weight'][-1:]])
     path = train.train(args, cfg, dataset, start)
@@ -76,7 +82,8 @@ def main(argv=None):
     lines = [line for line in train.read_log(path.parent) if 'held_out' in line]
     if not dist.is_initialized() or dist.get_rank() == 0:
         before, after = lines[0], lines[-1]
-        print('\nheld-out loss by noise level\n  sigma            ' + ''.join(f'{s:9.3g}' for s in before['sigma']))
+        print('\nheld-out loss by noise level')
+        print('  sigma            ' + ''.join(f'{sigma:9.3g}' for sigma in before['sigma']))
         for title, line in (('before', before), ('after', after)):
             print(f'  {title:17}' + ''.join(f'{value:9.4f}' for value in line['held_out']))
     return path

@@ -8,12 +8,12 @@ so that only the masking differs.
 An encoder sees the visible noisy tokens alone. Before the decoder, every masked slot must be filled with
 something, and what fills it is the whole difference between the methods:
 
-    method    a masked slot is filled with      ratio  decoder            minimised               EMA network
-    dit       (nothing is masked)               0      final layer only   denoise                 -
-    maskdit   one learned mask token            0.5    8 blocks x 512     denoise + reconstruct   -
-    mdt       tokens that a side block makes    0.3    its last 2 blocks  denoise, twice          -
-    sddit     the noisy patch itself, embedded  0.2    8 blocks x 512     denoise + discriminate  encoder, head
-    mcdit     the clean patch itself, embedded  0.5    8 blocks x 512     clean + noise + 2 con   the decoder
+    method   a masked slot is filled with      ratio  decoder           minimised              EMA network
+    dit      (nothing is masked)               0      final layer only  denoise                -
+    maskdit  one learned mask token            0.5    8 blocks x 512    denoise + reconstruct  -
+    mdt      tokens that a side block makes    0.3    its last 2 blocks denoise, twice         -
+    sddit    the noisy patch itself, embedded  0.2    8 blocks x 512    denoise + discriminate encoder, head
+    mcdit    the clean patch itself, embedded  0.5    8 blocks x 512    clean + noise + 2 con  the decoder
 
 The table `METHODS` at the end of this file has the same rows. A sixth method costs a branch in `Net.fill`,
 a loss, and a row.
@@ -85,8 +85,8 @@ def visible_count(N, ratio):
     """K = int(N (1 - ratio) + 1e-9), the same for every image; 1e-9 because int(10 * (1 - 0.9)) is 0."""
     K = int(N * (1 - ratio) + 1e-9)
     if K < 1:
-        raise BadInput(f'--mask-ratio {ratio} leaves none of the {N} tokens visible: use a smaller ratio or a '
-                       f'smaller patch')
+        raise BadInput(f'--mask-ratio {ratio} leaves none of the {N} tokens visible: use a smaller ratio or '
+                       f'a smaller patch')
     return K
 
 
@@ -128,8 +128,10 @@ class Block(nn.Module):
 
     def attention(self, x, index):
         B, N, n = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)   # (B, heads, N, n/heads)
-        bias = None if self.bias is None else self.bias.to(q.dtype)[index].movedim(-1, -3)  # (.., heads, N, N)
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)    # (B, heads, N, ..)
+        bias = None
+        if self.bias is not None:
+            bias = self.bias.to(q.dtype)[index].movedim(-1, -3)               # (heads, N, N), or with B
         x = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(B, N, n))
 
@@ -137,7 +139,8 @@ class Block(nn.Module):
         return self.fc2(functional.gelu(self.fc1(x), approximate='tanh'))
 
     def forward(self, x, c, index=None):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(functional.silu(c)).chunk(6, dim=1)
+        modulation = self.modulation(functional.silu(c))                      # (B, 6 n)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a), index)
         return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
 
@@ -185,7 +188,8 @@ class Head(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):               # bfloat16 here ends in NaN
             x = layer_norm(tokens.to(self.prototypes.dtype))
             x = self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(x)))))
-            return functional.linear(functional.normalize(x, dim=-1), functional.normalize(self.prototypes, dim=-1))
+            x, prototypes = functional.normalize(x, dim=-1), functional.normalize(self.prototypes, dim=-1)
+            return functional.linear(x, prototypes)
 
 
 # ------------------------------------------------------------------------------------------------ network
@@ -205,8 +209,8 @@ class Net(nn.Module):
     """F, the raw network inside the denoiser D of EDM eq. 7.
 
     `cfg` is a plain dictionary with `model` ('XL/2'), `method`, `stage` ('train' or 'tune'), `resolution`,
-    `channels`, `classes` (0: unconditional), and `diffusion`: 'edm', or 'ddpm' for published weights. Only the
-    parameters that the method uses are built, and tuning masks nothing, so it has none that fill a slot.
+    `channels`, `classes` (0: unconditional), and `diffusion`: 'edm', or 'ddpm' for published weights. Only
+    the parameters that the method uses are built, and tuning masks nothing, so it has none that fill a slot.
     Raises BadInput for a resolution that the patch does not divide.
     """
 
@@ -214,8 +218,8 @@ class Net(nn.Module):
         super().__init__()
         (depth, d, heads), (d_depth, e, d_heads), p = parse_size(cfg['model'])
         if cfg['resolution'] % p:
-            raise BadInput(f'patches of {p} do not divide a picture of {cfg["resolution"]} x {cfg["resolution"]}: '
-                           f'choose another patch in --model, or data of another size')
+            raise BadInput(f'patches of {p} do not divide a picture of {cfg["resolution"]} x '
+                           f'{cfg["resolution"]}: choose another patch in --model, or data of another size')
         method = METHODS[cfg['method']]
         own = method['decoder'] == 'own'                                 # MDT: no narrow decoder, but learned
         self.patch, self.channels = p, cfg['channels']                        # positions and biased attention
@@ -226,7 +230,7 @@ class Net(nn.Module):
         bias_grid = self.grid if own else None
 
         self.t_embed = NoiseEmbedding(d)
-        self.y_embed = nn.Embedding(cfg['classes'] + 1, d) if cfg['classes'] else None   # last row: label dropped
+        self.y_embed = nn.Embedding(cfg['classes'] + 1, d) if cfg['classes'] else None    # last row: dropped
         self.patch_embed = nn.Linear(P, d)
         self.pos = nn.Parameter(position_table(self.grid, d), requires_grad=own)
         self.cls = nn.Parameter(torch.zeros(1, 1, d)) if cfg['method'] == 'sddit' else None
@@ -255,8 +259,9 @@ class Net(nn.Module):
         return c if self.y_embed is None else c + self.y_embed(y)             # (B, d)
 
     def encode(self, patches, c, visible=None):
-        """The visible tokens of noisy patches (B, N, P), through the encoder: (B, K, d); SD-DiT: (B, 1 + K, d)."""
-        pos, index = self.pos.expand(len(patches), -1, -1), getattr(self, 'relative', None)  # (B, N, d), (N, N)
+        """The visible tokens of noisy patches (B, N, P), encoded: (B, K, d); SD-DiT (B, 1 + K, d)."""
+        pos = self.pos.expand(len(patches), -1, -1)                           # (B, N, d)
+        index = getattr(self, 'relative', None)                               # (N, N)
         if visible is not None:
             patches, pos = take(patches, visible), take(pos, visible)         # (B, K, P), (B, K, d)
             index = None if index is None else index[visible[:, :, None], visible[:, None, :]]    # (B, K, K)
@@ -289,14 +294,14 @@ class Net(nn.Module):
         return self.final(tokens, c)                                          # (B, N, P)
 
     def forward(self, x, c_noise, y=None, visible=None, patches=None, gains=(1.0, 1.0)):
-        """F (B, C, H, W) in at least float32, the conditioning c (B, d), and SD-DiT's logits (B, 1 + K, 8192).
+        """F (B, C, H, W) in at least float32, the conditioning c (B, d), SD-DiT's logits (B, 1 + K, 8192).
 
         x         (B, C, H, W)  the noisy image, already scaled by c_in
         c_noise   (B,)          ln(sigma) / 4
         y         (B,)          labels; the number `classes` means dropped
         visible   (B, K)        indices of the visible tokens; None: all of them
         patches   (B, N, P)     what `fill` may embed into the masked slots
-        gains     two factors   on the encoder's tokens and on the filled ones, at the decoder's door: 0 hides one
+        gains     two factors   on the encoder's tokens and the filled ones, at the decoder's door
         """
         x, c_noise = x.to(self.pos.dtype), c_noise.to(self.pos.dtype)
         c = self.condition(c_noise, y)                                        # (B, d)
@@ -318,7 +323,7 @@ TRAINING_ONLY = ('mask_token', 'fill_embed.', 'side_block.', 'head.')     # name
 
 
 def initialise(net):
-    """DiT's initialisation: Xavier-uniform weights, zero biases, N(0, 0.02) embeddings, zero gates and output."""
+    """DiT's: Xavier-uniform weights, zero biases, embeddings N(0, 0.02^2), zero gates and output."""
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -465,8 +470,8 @@ def loss_weight(sigma, sd):
 def denoise(net, x, sigma, y, cfg, visible=None, patches=None):
     """D(x; sigma), an estimate of the clean image. EDM eq. 7. By default every token is visible: inference.
 
-    x (B, C, H, W), sigma (B,), y (B,); the result has the precision of x. Networks published under DDPM predict
-    eps and a variance: D = x - sigma eps(x / sqrt(sigma^2 + 1), t(sigma)), EDM Table 1, column VP.
+    x (B, C, H, W), sigma (B,), y (B,); the result has the precision of x. Networks published under DDPM
+    predict eps and a variance: D = x - sigma eps(x / sqrt(sigma^2 + 1), t(sigma)), EDM Table 1, column VP.
     """
     if cfg['diffusion'] == 'ddpm':
         s = sigma.view(-1, 1, 1, 1)
@@ -478,7 +483,7 @@ def denoise(net, x, sigma, y, cfg, visible=None, patches=None):
 
 
 def ddpm_sigmas():
-    """The noise level sqrt((1 - abar) / abar) of each of DDPM's 1000 linear steps: float64, 0.0100005 to 157.407."""
+    """sqrt((1 - abar) / abar) of each of DDPM's 1000 linear steps: float64 (1000,), 0.0100005 to 157.407."""
     abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     return ((1 - abar) / abar).sqrt()
 
@@ -512,7 +517,7 @@ def draw(cfg, step, batch, device='cpu'):
 
     sigma (B,)    noise    noise (B, C, H, W) of unit variance    drop (B,) bool: forget the label
     order (B, N)  a permutation of the tokens; its first K are visible
-    noise2, drop2 where the method looks at the images twice    progress (B,)  step / steps, the same in all rows
+    noise2, drop2 where the method looks at the images twice    progress (B,)  step / steps, in every row
     """
     def rng(purpose):
         return generator(device, cfg['seed'], step, purpose)
@@ -524,7 +529,8 @@ def draw(cfg, step, batch, device='cpu'):
              'progress': torch.full((batch,), step / cfg['steps'], device=device)}
     for again in ('', '2') if METHODS[cfg['method']]['looks_twice'] and cfg['stage'] == 'train' else ('',):
         draws['noise' + again] = torch.randn(batch, C, H, H, generator=rng('noise' + again), device=device)
-        draws['drop' + again] = torch.rand(batch, generator=rng('drop' + again), device=device) < LABEL_DROPOUT
+        chance = torch.rand(batch, generator=rng('drop' + again), device=device)
+        draws['drop' + again] = chance < LABEL_DROPOUT
     return draws
 
 
@@ -604,16 +610,16 @@ def teacher_temperature(progress):
 
 
 def cross_entropy(logits, said, temperature):
-    """H(P_T, P_S) and H(P_T) for each token, (.., K) -> (..): the student's logits against what the teacher said.
-    SD-DiT eq. 11. `temperature` is the teacher's, and broadcasts."""
+    """H(P_T, P_S) and H(P_T) for each token, (.., K) -> (..): the student's logits against what the teacher
+    said. SD-DiT eq. 11. `temperature` is the teacher's, and broadcasts."""
     log_P = (said / temperature).log_softmax(-1)
     crossed = -(log_P.exp() * (logits / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)
     return crossed, -(log_P.exp() * log_P).sum(-1)
 
 
 def sddit_loss(net, teacher, x0, y, draws, cfg):
-    """L_G, DiT's loss over all tokens, and L_D, which asks the student's visible tokens and [CLS] to say what the
-    teacher says of the nearly clean image. SD-DiT eq. 9 to 12."""
+    """L_G, DiT's loss over all tokens, and L_D, which asks the student's visible tokens and [CLS] to say what
+    the teacher says of the nearly clean image. SD-DiT eq. 9 to 12."""
     sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
     visible, _ = split_tokens(draws, cfg)
     c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
@@ -722,8 +728,8 @@ METHODS = {
 # ------------------------------------------------------------------- reading checkpoints, ours and published
 
 def read_checkpoint(path):
-    """The dictionary in a checkpoint: `ema`, `step`, `config`, and where training left them `model`, `teacher`,
-    `opt`. Published weights of MaskDiT, DiT and MDT are translated. Never runs code from the file.
+    """The dictionary in a checkpoint: `ema`, `step`, `config`, and where training left them `model`,
+    `teacher`, `opt`. Published weights of MaskDiT, DiT and MDT are translated. Never runs code from the file.
     Raises BadInput with what is wrong."""
     try:
         with zipfile.ZipFile(path) as archive:                              # torch.load sees no flipped byte;
@@ -731,7 +737,7 @@ def read_checkpoint(path):
         if broken:
             raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
         with torch.serialization.safe_globals([argparse.Namespace]):       # DiT and MaskDiT keep their `args`
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)   # 11 GB at XL: read as used
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)    # 11 GB at XL
     except FileNotFoundError:
         raise BadInput(f'there is no checkpoint {path}: give a file such as out/0010000.pt') from None
     except OSError as error:
@@ -745,8 +751,8 @@ def read_checkpoint(path):
     try:
         return translate(state)
     except BadInput as mistake:
-        raise BadInput(f'{path} is not a checkpoint of train.py or finetune.py, nor of another program that is known '
-                       f'here: {mistake}') from None
+        raise BadInput(f'{path} is not a checkpoint of train.py or finetune.py, nor of another program '
+                       f'that is known here: {mistake}') from None
 
 
 def load_net(path, device='cpu'):
@@ -766,17 +772,26 @@ def load_net(path, device='cpu'):
 
 LONG_AGO = 1_000_000                          # the step of published weights: long past the EMA's warm-up
 OFFICIAL_NAMES = (                            # theirs, ours; applied in this order
-    ('x_embedder.proj.', 'patch_embed.'), ('t_embedder.mlp.0.', 't_embed.fc1.'), ('t_embedder.mlp.2.', 't_embed.fc2.'),
-    ('y_embedder.embedding_table.', 'y_embed.'), ('decoder_pos_embed', 'decoder_pos'), ('pos_embed', 'pos'),
-    ('decoder_layer.', 'bridge.'), ('final_layer.', 'final.'), ('sideblocks.0.', 'side_block.'),
-    ('adaLN_modulation.1.', 'modulation.'), ('.mlp.fc', '.fc'), ('.attn.rel_pos_bias.relative_position_bias_table', '.bias'),
+    ('x_embedder.proj.', 'patch_embed.'),
+    ('t_embedder.mlp.0.', 't_embed.fc1.'),
+    ('t_embedder.mlp.2.', 't_embed.fc2.'),
+    ('y_embedder.embedding_table.', 'y_embed.'),
+    ('decoder_pos_embed', 'decoder_pos'),
+    ('pos_embed', 'pos'),
+    ('decoder_layer.', 'bridge.'),
+    ('final_layer.', 'final.'),
+    ('sideblocks.0.', 'side_block.'),
+    ('adaLN_modulation.1.', 'modulation.'),
+    ('.mlp.fc', '.fc'),
+    ('.attn.rel_pos_bias.relative_position_bias_table', '.bias'),
     ('.attn.', '.'))
 
 
 def translate(state):
-    """A published file's content as a checkpoint of ours. Raises BadInput: the nearest match, and what differs."""
+    """A published file's content as a checkpoint of ours. Raises BadInput: the nearest match, and why."""
     flat = state if isinstance(state, dict) else {}
-    both = {name: flat[name] for name in ('ema', 'model') if isinstance(flat.get(name), dict)} or {'ema': flat}
+    both = {name: flat[name] for name in ('ema', 'model') if isinstance(flat.get(name), dict)}
+    both = both or {'ema': flat}                                              # or the weights alone
     both = {name: {strip(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
             for name, weights in both.items()}
     weights = both.get('ema') or both.get('model') or {}
@@ -787,8 +802,9 @@ def translate(state):
     except BadInput:
         raise
     except (KeyError, ValueError, AttributeError):
-        raise BadInput('expected the tensors of MaskDiT, DiT or MDT version 1, such as x_embedder.proj.weight, '
-                       f'pos_embed and blocks.0.attn.qkv.weight, and found {", ".join(list(weights)[:3]) or "none"}') from None
+        found = ', '.join(list(weights)[:3]) or 'none'
+        raise BadInput(f'expected the tensors of MaskDiT, DiT or MDT version 1, such as x_embedder.proj.weight '
+                       f'and blocks.0.attn.qkv.weight, and found {found}') from None
     with torch.device('meta'):
         wanted = Net(cfg).state_dict()
     for name, theirs in both.items():
@@ -798,8 +814,8 @@ def translate(state):
         if lacks or more or shapes:
             differences = [f'{len(keys)} {what}, such as {keys[0]}' for what, keys in
                            (('missing', lacks), ('too many', more), ('of other shapes', shapes)) if keys]
-            raise BadInput(f'the nearest match is {cfg["method"]} {cfg["model"]}, but of the tensors there are '
-                           f'{"; ".join(differences)} (in the names of model.py)')
+            raise BadInput(f'the nearest match is {cfg["method"]} {cfg["model"]}, but of the tensors there '
+                           f'are {"; ".join(differences)} (in the names of model.py)')
     both.setdefault('model', both.get('ema'))
     return {'model': both['model'], 'ema': both.get('ema', both['model']), 'step': LONG_AGO, 'config': cfg}
 
@@ -813,7 +829,7 @@ def strip(key):
 def recognise(weights):
     """The configuration that published weights were made with, from their names and shapes.
 
-    Raises KeyError, ValueError or AttributeError where they do not even look alike, BadInput for an odd size."""
+    Raises KeyError, ValueError or AttributeError where they do not look alike, BadInput for an odd size."""
     D, C, p, _ = weights['x_embedder.proj.weight'].shape
     depth = 1 + max(int(key.split('.')[1]) for key in weights if key.startswith('blocks.'))
     method = 'maskdit' if 'decoder_pos_embed' in weights and 'decoder_layer.linear.weight' in weights else \
@@ -826,9 +842,9 @@ def recognise(weights):
     classes = table[1] if method == 'maskdit' else table[0] - 1          # MaskDiT: a Linear on one-hot labels
     outputs = weights['final_layer.linear.weight'].shape[0]
     return METHODS[method]['defaults'] | {
-        'stage': 'train', 'method': method, 'model': f'{size}/{p}', 'data': None, 'channels': C, 'classes': classes,
-        'resolution': p * math.isqrt(weights['pos_embed'].shape[1]), 'class_names': [], 'sigma_data': 0.5, 'ema_step': 0,
-        'diffusion': 'ddpm' if outputs == 2 * p * p * C else 'edm'}
+        'stage': 'train', 'method': method, 'model': f'{size}/{p}', 'data': None, 'channels': C,
+        'resolution': p * math.isqrt(weights['pos_embed'].shape[1]), 'classes': classes, 'class_names': [],
+        'sigma_data': 0.5, 'ema_step': 0, 'diffusion': 'ddpm' if outputs == 2 * p * p * C else 'edm'}
 
 
 def to_our_names(theirs, cfg):
@@ -842,7 +858,7 @@ def to_our_names(theirs, cfg):
         if key == 'patch_embed.weight':
             value = value.permute(0, 2, 3, 1).flatten(1)                  # (D, C, p, p): channels first there
         elif key == 'y_embed.weight' and cfg['method'] == 'maskdit':
-            value = torch.cat([value.T, value.new_zeros(1, value.shape[0])])  # dropped labels are a zero vector there
+            value = torch.cat([value.T, value.new_zeros(1, value.shape[0])])  # a dropped label is zero there
         elif key.endswith('.bias') and value.ndim == 2:
             value = value[:-3]                                                # 3 rows that no index reaches
         if key.startswith('blocks.') and cfg['method'] == 'mdt':
@@ -854,14 +870,14 @@ def to_our_names(theirs, cfg):
 
 
 def to_maskdit_names(ours, cfg):
-    """Weights of a `maskdit` network under MaskDiT's names. Dropped labels are a zero vector there, so their row
-    moves into the bias of the noise embedding, whose sum with a label is all that the network sees."""
-    ours = dict(ours)
+    """Weights of a `maskdit` network under MaskDiT's names. A dropped label is a zero vector there, so its
+    row moves into the bias of the noise embedding, whose sum with a label is all that the network sees."""
+    ours, p = dict(ours), parse_size(cfg['model'])[2]
     null = ours['y_embed.weight'][-1]
     ours['t_embed.fc2.bias'] = ours['t_embed.fc2.bias'] + null
     ours['y_embed.weight'] = (ours['y_embed.weight'][:-1] - null).T.contiguous()
-    p = parse_size(cfg['model'])[2]
-    ours['patch_embed.weight'] = ours['patch_embed.weight'].unflatten(1, (p, p, -1)).permute(0, 3, 1, 2).contiguous()
+    patch = ours['patch_embed.weight'].unflatten(1, (p, p, -1))               # (D, p, p, C)
+    ours['patch_embed.weight'] = patch.permute(0, 3, 1, 2).contiguous()
     theirs = {}
     for key, value in ours.items():
         part = key.split('.')

@@ -3,14 +3,14 @@
     python sample.py out/0400000.pt                                   # 16 pictures in out/0400000-samples.png
     python sample.py out/0400000.pt -n 50 --class 3 7 --cfg 4           # of two classes
     python sample.py out/0400000.pt --cfg 4 --cfg-interval 0.2 2         # guided at these noise levels only
-    python sample.py out/0400000.pt --inpaint photo.png --mask mask.png  # what is white in the mask is made anew
+    python sample.py out/0400000.pt --inpaint photo.png --mask mask.png  # what is white in the mask, anew
     torchrun --nproc_per_node 4 sample.py out/0400000.pt -n 50000 --npz out/50k.npz       # for evaluation
 
 Image i of a seed has the same noise and the same label whatever the batch size and the number of processes.
-The .npz is what ADM's evaluation reads: `arr_0` uint8 (n, H, W, 3), `arr_1` labels, and beside them `settings`,
-a line of JSON. A checkpoint carries its configuration, so it is all that is needed.
+The .npz is what ADM's evaluation reads: `arr_0` uint8 (n, H, W, 3), `arr_1` labels, and beside them
+`settings`, a line of JSON. A checkpoint carries its configuration, so it is all that is needed.
 
-Letters: B images a batch    C, H, W channels, height, width    D the denoiser    t noise levels, as in the paper
+Letters: B images a batch    C, H, W channels, height, width    D the denoiser    t noise levels
 """
 
 import argparse
@@ -20,6 +20,8 @@ import math
 import os
 import pathlib
 import sys
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch: idle CPU threads sleep, see train.py
 
 import numpy as np
 import torch
@@ -37,19 +39,20 @@ RHO = 7                                       # EDM Table 1
 # ------------------------------------------------------------------------------------------------- sampler
 
 def noise_levels(steps, sigma_min=0.002, sigma_max=80.0):
-    """[t_0 = sigma_max, ..., t_(N-1) = sigma_min, t_N = 0]. EDM eq. 5. Raises BadInput for fewer than 2 steps."""
+    """[t_0 = sigma_max, ..., t_(N-1) = sigma_min, t_N = 0]. EDM eq. 5. Raises BadInput below 2 steps."""
     if steps < 2:
         raise BadInput(f'--steps {steps}: the sampler needs at least 2 steps')
     low, high = sigma_min ** (1 / RHO), sigma_max ** (1 / RHO)
     return [(high + i / (steps - 1) * (low - high)) ** RHO for i in range(steps)] + [0.0]
 
 
-def edm_sampler(D, noise, t, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, fresh_noise=None, hold=None):
-    """EDM Algorithm 2 (Algorithm 1 without churn) over the noise levels t: 2 N - 1 evaluations of D(x, sigma).
+def edm_sampler(D, noise, t, S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, fresh_noise=None,
+                hold=None):
+    """EDM Algorithm 2 (Algorithm 1 without churn) over the noise levels t: 2 N - 1 calls of D(x, sigma).
 
     noise (B, C, H, W) has unit variance, and its precision is that of the state: float64 or float32.
-    `fresh_noise()` gives more of the same shape; only churn asks for it. `hold(x, sigma)` may put known pixels
-    back into each new state; inpainting does.
+    `fresh_noise()` gives more of the same shape; only churn asks for it. `hold(x, sigma)` may put known
+    pixels back into each new state; inpainting does.
     """
     steps = len(t) - 1
     hold = hold or (lambda x, sigma: x)
@@ -109,15 +112,16 @@ def guided(net, y, w, cfg, look=model.denoise):
 # ---------------------------------------------------------------------------------------------- inpainting
 
 def inpainting(cfg, x0, known, noise, t, fill_steps):
-    """(look, hold) for `guided` and `edm_sampler`: the tokens `known` (N,) bool of the picture x0 (1, C, H, W) stay.
+    """(look, hold) for `guided` and `edm_sampler`: the tokens `known` (N,) of a picture x0 (1, C, H, W) stay.
 
-    mdt, maskdit   known tokens are visible and held at their noised values; in the first `fill_steps` steps the
-                   rest is filled as in masked training (MDT appendix C), then the ordinary network goes on
-    mcdit          the roles turn: the known tokens are the clean patches that fill the masked slots, the unknown
-                   ones are the visible noisy tokens, and nothing is noised again
+    mdt, maskdit   known tokens are visible and held at their noised values; in the first `fill_steps` steps
+                   the rest is filled as in masked training (MDT appendix C), then nothing is masked
+    mcdit          the roles turn: the known tokens are the clean patches that fill the masked slots, the
+                   unknown ones are the visible noisy tokens, and nothing is noised again
     """
     p = model.parse_size(cfg['model'])[2]
-    picture_known = model.unpatchify(known[None, :, None].expand(1, -1, p * p * cfg['channels']), p, cfg['channels'])
+    C = cfg['channels']
+    picture_known = model.unpatchify(known[None, :, None].expand(1, -1, p * p * C), p, C)
     index = known.nonzero().T                                                 # (1, K)
     if cfg['method'] == 'mcdit':
         index = (~known).nonzero().T
@@ -140,8 +144,9 @@ def read_inpainting(args, cfg):
     """(x0 (1, C, H, W), known (N,) bool) from --inpaint and --mask. Raises BadInput."""
     H, C, p = cfg['resolution'], cfg['channels'], model.parse_size(cfg['model'])[2]
     if cfg['method'] not in ('mdt', 'maskdit', 'mcdit') or cfg['stage'] == 'tune':
-        raise BadInput(f'--inpaint needs a checkpoint of mdt, maskdit or mcdit before its tuning, which alone can fill '
-                       f'masked slots, and this is {cfg["method"]}{", tuned" * (cfg["stage"] == "tune")}')
+        tuned = ', tuned' * (cfg['stage'] == 'tune')
+        raise BadInput(f'--inpaint needs a checkpoint of mdt, maskdit or mcdit before its tuning, which can '
+                       f'fill masked slots, and this is {cfg["method"]}{tuned}')
     try:
         if args.inpaint.endswith('.npy'):
             x0 = torch.from_numpy(np.load(args.inpaint)).double()
@@ -154,12 +159,12 @@ def read_inpainting(args, cfg):
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f'--inpaint {args.inpaint} or --mask {args.mask} cannot be read: {error}') from None
     if x0.shape != (C, H, H) or not torch.isfinite(x0).all():
-        raise BadInput(f'--inpaint {args.inpaint} holds {tuple(x0.shape)}: this network needs finite {(C, H, H)}'
-                       + (', latents as an .npy file' if C not in (1, 3) else ''))
+        raise BadInput(f'--inpaint {args.inpaint} holds {tuple(x0.shape)}: this network needs finite '
+                       f'{(C, H, H)}' + (', latents as an .npy file' if C not in (1, 3) else ''))
     known = torch.from_numpy(np.array(mask)).flatten() == 0              # a token with any white is made anew
     if known.all() or not known.any():
-        raise BadInput(f'--mask {args.mask} is all {"black" if known.all() else "white"} on the {len(known)} tokens: white is '
-                       f'made anew, black is kept, and both are needed')
+        raise BadInput(f'--mask {args.mask} is all {"black" if known.all() else "white"} on the {len(known)} '
+                       f'tokens: white is made anew, black is kept, and both are needed')
     return x0[None], known
 
 
@@ -171,15 +176,17 @@ def noise_source(seed, i):
 
 def label_of(seed, i, allowed, balanced):
     """The label of image i: the classes in turn, or one at random."""
-    return allowed[i % len(allowed) if balanced else int(np.random.default_rng([seed, i, 1]).integers(len(allowed)))]
+    if balanced:
+        return allowed[i % len(allowed)]
+    return allowed[int(np.random.default_rng([seed, i, 1]).integers(len(allowed)))]
 
 
 def generate(net, cfg, seed, indices, labels, steps=40, w=None, precision=torch.float32, progress=None,
              inpaint=None, fill_steps=1, **churn):
     """Images `indices` of `seed` with `labels`, float64 (B, C, H, W) as the network makes them.
 
-    The state of the sampler is float64, the network runs in `precision`. `w(sigma)` is the weight of guidance,
-    `inpaint` what `read_inpainting` returns.
+    The state of the sampler is float64, the network runs in `precision`. `w(sigma)` is the weight of
+    guidance, `inpaint` what `read_inpainting` returns.
     """
     device = net.pos.device
     shape = (cfg['channels'], cfg['resolution'], cfg['resolution'])
@@ -206,8 +213,8 @@ def generate(net, cfg, seed, indices, labels, steps=40, w=None, precision=torch.
 def picture(x):
     """(B, C, H, W) as the network makes them -> uint8 (B, 3, H, W).
 
-    Pixels are rounded to the nearest of 256 levels. Of latents, the first three channels are shown as they are,
-    3 units either side of grey: a look at them, no picture.
+    Pixels are rounded to the nearest of 256 levels. Of latents, the first three channels are shown as they
+    are, 3 units either side of grey: a look at them, no picture.
     """
     if x.shape[1] in (1, 3):
         return data.to_uint8(x).expand(-1, 3, -1, -1).cpu()
@@ -227,31 +234,32 @@ def pick_precision(name, device):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description='Noise to pictures.', allow_abbrev=False)
-    parser.add_argument('checkpoint', help='file of train.py or finetune.py')
-    parser.add_argument('-n', '--n', type=int, default=16, help='number of images (under torchrun -n, which before '
+    flag = parser.add_argument
+    flag('checkpoint', help='file of train.py or finetune.py')
+    flag('-n', '--n', type=int, default=16, help='number of images (under torchrun -n, which before '
                         'Python 3.12 takes --n for an option of its own)')
-    parser.add_argument('--steps', type=int, default=40, help='steps of the sampler; 2 n - 1 evaluations')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--class', type=int, nargs='+', dest='classes', help='only these classes')
-    parser.add_argument('--balanced', action='store_true', help='classes in turn instead of at random')
-    parser.add_argument('--cfg', type=float, default=1.0, help='weight of classifier-free guidance; 1 is none')
-    schedule = parser.add_mutually_exclusive_group()
-    schedule.add_argument('--cfg-interval', type=float, nargs=2, metavar=('LOW', 'HIGH'), help='guide only at noise '
+    flag('--steps', type=int, default=40, help='steps of the sampler; 2 n - 1 evaluations')
+    flag('--seed', type=int, default=0)
+    flag('--class', type=int, nargs='+', dest='classes', help='only these classes')
+    flag('--balanced', action='store_true', help='classes in turn instead of at random')
+    flag('--cfg', type=float, default=1.0, help='weight of classifier-free guidance; 1 is none')
+    either = parser.add_mutually_exclusive_group().add_argument
+    either('--cfg-interval', type=float, nargs=2, metavar=('LOW', 'HIGH'), help='guide only at noise '
                           'levels above LOW and up to HIGH')
-    schedule.add_argument('--cfg-power', type=float, metavar='S', help="MDT's power-cosine schedule; the paper: 4")
-    parser.add_argument('--inpaint', metavar='IMAGE', help='picture to keep in part (latents: an .npy file)')
-    parser.add_argument('--mask', help='picture, white where --inpaint is made anew; any white makes the token anew')
-    parser.add_argument('--fill-steps', type=int, help='first steps in which mdt and maskdit inpaint as in masked '
+    either('--cfg-power', type=float, metavar='S', help="MDT's power-cosine schedule; the paper: 4")
+    flag('--inpaint', metavar='IMAGE', help='picture to keep in part (latents: an .npy file)')
+    flag('--mask', help='picture, white where --inpaint is made anew; a token with any white is')
+    flag('--fill-steps', type=int, help='first steps in which mdt and maskdit inpaint as in masked '
                         'training (1)')
-    parser.add_argument('--batch', type=int, default=64, help='images at a time, each process')
-    parser.add_argument('--precision', choices=('auto', 'bf16', 'fp32'), default='auto', help='of the network')
-    parser.add_argument('--S-churn', type=float, default=0.0, help='EDM Algorithm 2: noise put back, 0 is none')
-    parser.add_argument('--S-min', type=float, default=0.0, help='least noise level with churn')
-    parser.add_argument('--S-max', type=float, default=math.inf, help='greatest noise level with churn')
-    parser.add_argument('--S-noise', type=float, default=1.0, help='standard deviation of the noise put back')
-    parser.add_argument('--out', help='grid of the first 100 images, PNG (default: beside the checkpoint)')
-    parser.add_argument('--npz', help="file for ADM's evaluation to write")
-    parser.add_argument('--png', help='folder to fill with one PNG an image')
+    flag('--batch', type=int, default=64, help='images at a time, each process')
+    flag('--precision', choices=('auto', 'bf16', 'fp32'), default='auto', help='of the network')
+    flag('--S-churn', type=float, default=0.0, help='EDM Algorithm 2: noise put back, 0 is none')
+    flag('--S-min', type=float, default=0.0, help='least noise level with churn')
+    flag('--S-max', type=float, default=math.inf, help='greatest noise level with churn')
+    flag('--S-noise', type=float, default=1.0, help='standard deviation of the noise put back')
+    flag('--out', help='grid of the first 100 images, PNG (default: beside the checkpoint)')
+    flag('--npz', help="file for ADM's evaluation to write")
+    flag('--png', help='folder to fill with one PNG an image')
     return parser.parse_args(argv)
 
 
@@ -260,7 +268,9 @@ def main(argv=None):
 
     # where am I
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     barrier = dist.barrier if world > 1 else lambda: None
@@ -274,21 +284,24 @@ def main(argv=None):
     if args.n < 1 or args.batch < 1 or args.seed < 0:
         raise BadInput('--n and --batch must be at least 1, --seed at least 0')
     if args.classes and not all(0 <= k < cfg['classes'] for k in args.classes):
-        raise BadInput(f'--class {args.classes}: this network knows the classes 0 to {cfg["classes"] - 1}' if cfg['classes']
-                       else '--class: this network was trained without classes')
+        known = f'the classes 0 to {cfg["classes"] - 1}' if cfg['classes'] else 'no classes'
+        raise BadInput(f'--class {args.classes}: this network knows {known}')
     if args.cfg != 1 and not cfg['classes']:
         raise BadInput('--cfg needs classes, and this network was trained without')
     if args.cfg == 1 and (args.cfg_interval or args.cfg_power):
-        raise BadInput('--cfg-interval and --cfg-power schedule a guidance that --cfg 1 does not give: type its weight')
-    if args.cfg_power is not None and args.cfg_power <= 0 or args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
-        raise BadInput('--cfg-power must be above 0, and --cfg-interval two noise levels, the lower one first')
+        raise BadInput('--cfg-interval and --cfg-power schedule guidance, which --cfg 1 is not: type its weight')
+    low, high = args.cfg_interval or (0, 1)
+    if args.cfg_power is not None and args.cfg_power <= 0 or not low < high:
+        raise BadInput('--cfg-power must be above 0, --cfg-interval a low and a high noise level')
     if bool(args.inpaint) != bool(args.mask):
         raise BadInput('--inpaint and --mask go together: a picture, and what of it is made anew')
     inpaint = read_inpainting(args, cfg) if args.inpaint else None
-    if args.fill_steps is not None and (not inpaint or cfg['method'] == 'mcdit' or not 0 <= args.fill_steps <= args.steps):
+    unfit = not inpaint or cfg['method'] == 'mcdit'
+    if args.fill_steps is not None and (unfit or not 0 <= args.fill_steps <= args.steps):
         raise BadInput('--fill-steps is for --inpaint with mdt or maskdit, a number from 0 to --steps')
     if (args.npz or args.png) and cfg['channels'] not in (1, 3):
-        raise BadInput(f'--npz and --png hold pictures, and this network makes latents of {cfg["channels"]} channels')
+        raise BadInput(f'--npz and --png hold pictures, and this network makes latents of {cfg["channels"]} '
+                       f'channels')
     if args.npz and os.path.exists(args.npz):
         raise BadInput(f'{args.npz} exists already: remove it, or choose another --npz')
     if args.png and os.path.isdir(args.png) and os.listdir(args.png):
@@ -317,11 +330,13 @@ def main(argv=None):
                     os.makedirs(args.png, exist_ok=True)
             barrier()
             store = np.lib.format.open_memmap(scratch, 'r+')
-            with tqdm(total=len(batches) * (2 * args.steps - 1), desc='sampling', disable=rank > 0 or None) as bar:
+            evaluations = len(batches) * (2 * args.steps - 1)
+            with tqdm(total=evaluations, desc='sampling', disable=rank > 0 or None) as bar:
                 for batch in batches:
                     x = generate(net, cfg, args.seed, batch, [labels[i] for i in batch], args.steps, w,
-                                 pick_precision(args.precision, device), bar, inpaint, fill_steps, S_churn=args.S_churn,
-                                 S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
+                                 pick_precision(args.precision, device), bar, inpaint, fill_steps,
+                                 S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max,
+                                 S_noise=args.S_noise)
                     for i, image in zip(batch, picture(x).numpy()):
                         if i < kept:
                             store[i] = image
@@ -339,7 +354,7 @@ def main(argv=None):
 
 def write_results(args, cfg, store, labels, grid, settings):
     names = cfg['class_names'] or [str(k) for k in range(cfg['classes'])] or ['']
-    data.save_grid(grid, store[:100], [names[k] for k in labels[:100]], columns=10 if args.n >= 10 else args.n)
+    data.save_grid(grid, store[:100], [names[k] for k in labels[:100]], columns=min(args.n, 10))
     print(f'{min(args.n, 100)} pictures in {grid}')
     if args.npz:
         temporary = f'{args.npz}.tmp{os.getpid()}'

@@ -2,7 +2,7 @@
 
     python train.py                                                          # mcdit B/2 on drawn shapes
     torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256     # the paper's run
-    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256 --method maskdit    # what it is compared with
+    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256 --method maskdit    # its comparison
 
 Several nodes: the same, with torchrun's --nnodes and --rdzv_endpoint. Without GPUs it trains on the CPU.
 
@@ -10,8 +10,8 @@ Writes, all in --out:
     0010000.pt             `model`, `ema`, `teacher`, `opt`, `step`, `config`; the last two are kept
     log.jsonl              the header, then a line every --log-every steps and one every --eval-every
     samples-0010000.png    what the EMA weights make of the same noise, each time
-Run the same command again to resume: all randomness is a function of (seed, step, purpose), and no generator's
-state is stored.
+Run the same command again to resume: all randomness is a function of (seed, step, purpose), and no
+generator's state is stored.
 """
 
 import argparse
@@ -27,6 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch: threads that spin on a busy CPU were
+                                                        # seen to make a step 30 times slower
 
 import numpy as np
 import torch
@@ -48,43 +51,46 @@ PREVIEW_STEPS = 20                            # of the sampler, for the picture 
 
 def shared_flags(parser, steps, batch):
     """The flags of train.py and finetune.py alike: how the run is done, and not which network it makes."""
-    parser.add_argument('--steps', type=int, default=steps, help='optimizer steps')
-    parser.add_argument('--batch', type=int, default=batch, help='images a step, over all processes and accumulation')
-    parser.add_argument('--accumulate', type=int, default=1, help='backward passes a step')
-    parser.add_argument('--lr-decay', type=float, default=0.0, help='last part of the steps in which --lr falls to 0')
-    parser.add_argument('--precision', choices=('auto', 'bf16', 'fp32'), default='auto', help='of the network')
-    parser.add_argument('--log-every', type=int, default=50, help='steps between lines of the log')
-    parser.add_argument('--eval-every', type=int, default=5000, help='steps between held-out losses and pictures')
-    parser.add_argument('--save-every', type=int, default=10000, help='steps between checkpoints')
-    parser.add_argument('--preview', type=int, default=20, help='images in a picture; 0 for none')
-    parser.add_argument('--export', default=None, help='file for the EMA weights alone, written at the end')
-    parser.add_argument('--official-names', action='store_true', default=False, help='export under the names of MaskDiT')
+    flag = parser.add_argument
+    flag('--steps', type=int, default=steps, help='optimizer steps')
+    flag('--batch', type=int, default=batch, help='images a step, over processes and accumulation')
+    flag('--accumulate', type=int, default=1, help='backward passes a step')
+    flag('--lr-decay', type=float, default=0.0, help='last part of the steps, where --lr falls to 0')
+    flag('--precision', choices=('auto', 'bf16', 'fp32'), default='auto', help='of the network')
+    flag('--log-every', type=int, default=50, help='steps between lines of the log')
+    flag('--eval-every', type=int, default=5000, help='steps between held-out losses and pictures')
+    flag('--save-every', type=int, default=10000, help='steps between checkpoints')
+    flag('--preview', type=int, default=20, help='images in a picture; 0 for none')
+    flag('--export', default=None, help='file for the EMA weights alone, written at the end')
+    flag('--official-names', action='store_true', default=False, help="export under MaskDiT's names")
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description='Train.', allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument('--method', choices=model.METHODS, default='mcdit')
-    parser.add_argument('--model', default='B/2', help='T, S, B, L or XL, and a patch of 2, 4 or 8')
-    parser.add_argument('--data', default=data.default_data(), help='data folder (default: data/ if there, else shapes)')
-    parser.add_argument('--classes', type=int, help="0: without labels (default: the data's classes)")
-    parser.add_argument('--out', default='out', help='folder for all that is written')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--sigma-data', type=float, default=0.5, help='standard deviation of the data, for EDM')
-    parser.add_argument('--lr', type=float, help="(default: the method's)")
-    parser.add_argument('--mask-ratio', type=float, help="masked part of the tokens (default: the method's)")
+    parser = argparse.ArgumentParser(description='Train.', allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)      # what is not typed is not there
+    flag = parser.add_argument
+    flag('--method', choices=model.METHODS, default='mcdit')
+    flag('--model', default='B/2', help='T, S, B, L or XL, and a patch of 2, 4 or 8')
+    flag('--data', default=data.default_data(), help='data folder (default: data/ if made, or shapes)')
+    flag('--classes', type=int, help="0: without labels (default: the data's classes)")
+    flag('--out', default='out', help='folder for all that is written')
+    flag('--seed', type=int, default=0)
+    flag('--sigma-data', type=float, default=0.5, help='standard deviation of the data, for EDM')
+    flag('--lr', type=float, help="(default: the method's)")
+    flag('--mask-ratio', type=float, help="masked part of the tokens (default: the method's)")
     shared_flags(parser, steps=400_000, batch=256)
-    ablations = parser.add_argument_group('ablations of mcdit')
-    ablations.add_argument('--lambda-noise', type=float, help='weight of L_noise (0.1; Tables 4, 6, 13)')
-    ablations.add_argument('--lambda-con1', type=float, help='weight of the noisy branch (0.1; Tables 5, 14)')
-    ablations.add_argument('--lambda-con2', type=float, help='weight of the clean branch (0.05; Tables 5, 15)')
-    ablations.add_argument('--all-clean', action='store_true', help='clean targets for all tokens (Table 6)')
-    ablations.add_argument('--tokens', choices=model.TOKEN_GAINS, help='what the main branch is given (Table 10)')
-    ablations.add_argument('--teacher-encoder', action='store_true', help='EMA of the encoder too (Table 12)')
+    ablation = parser.add_argument_group('ablations of mcdit').add_argument
+    ablation('--lambda-noise', type=float, help='weight of L_noise (0.1; Tables 4, 6, 13)')
+    ablation('--lambda-con1', type=float, help='weight of the noisy branch (0.1; Tables 5, 14)')
+    ablation('--lambda-con2', type=float, help='weight of the clean branch (0.05; Tables 5, 15)')
+    ablation('--all-clean', action='store_true', help='clean targets for all tokens (Table 6)')
+    ablation('--tokens', choices=model.TOKEN_GAINS, help='what the main branch is given (Table 10)')
+    ablation('--teacher-encoder', action='store_true', help='EMA of the encoder too (Table 12)')
     return parser.parse_args(argv)
 
 
 def configuration(args, dataset):
-    """What the run is, as the plain dictionary that checkpoints carry: default < method's row < command line."""
+    """What the run is, the plain dictionary that checkpoints carry: default < method's row < command line."""
     given = vars(args)
     row = model.METHODS[args.method]['defaults']
     every = {name for method in model.METHODS.values() for name in method['defaults']}
@@ -95,31 +101,33 @@ def configuration(args, dataset):
     if args.method == 'dit' and 'mask_ratio' in given:
         raise BadInput('--mask-ratio means nothing to --method dit, which masks nothing: leave it out')
     if args.method != 'dit' and not 0 < cfg['mask_ratio'] < 1:
-        raise BadInput(f'--mask-ratio {cfg["mask_ratio"]}: expected a number between 0 and 1, neither included')
+        raise BadInput(f'--mask-ratio {cfg["mask_ratio"]}: expected a number above 0 and below 1')
     if cfg.get('all_clean') and 'lambda_noise' in given:
         raise BadInput('--lambda-noise means nothing with --all-clean, which replaces L_noise: leave one out')
     if cfg.get('teacher_encoder') and not cfg['lambda_con1'] and not cfg['lambda_con2']:
-        raise BadInput('--teacher-encoder means nothing without a branch: give --lambda-con1 or --lambda-con2')
-    if any(cfg.get(name, 0) < 0 for name in ('lambda_noise', 'lambda_con1', 'lambda_con2')) or args.sigma_data <= 0:
+        raise BadInput('--teacher-encoder means nothing without a branch: --lambda-con1 or --lambda-con2')
+    lambdas = [cfg.get(name, 0) for name in ('lambda_noise', 'lambda_con1', 'lambda_con2')]
+    if min(lambdas) < 0 or args.sigma_data <= 0:
         raise BadInput('the --lambda weights must be at least 0, and --sigma-data above 0')
     classes = given.get('classes', dataset.classes)
     if classes not in (0, dataset.classes):
-        raise BadInput(f'--classes {classes}: {args.data} has {dataset.classes} classes; type 0 to ignore them')
+        raise BadInput(f'--classes {classes}: {args.data} has {dataset.classes} classes; 0 ignores them')
     return {
-        'stage': 'train', 'method': args.method, 'model': args.model, 'data': str(args.data), 'kind': dataset.kind,
-        'count': dataset.count, 'resolution': dataset.resolution, 'channels': dataset.channels, 'classes': classes,
-        'class_names': dataset.class_names if classes else [], 'steps': args.steps, 'batch': args.batch,
-        'lr_decay': args.lr_decay, 'seed': args.seed, 'sigma_data': args.sigma_data, 'ema_step': 0,
-        'diffusion': 'edm'} | cfg
+        'stage': 'train', 'method': args.method, 'model': args.model, 'diffusion': 'edm',
+        'data': str(args.data), 'kind': dataset.kind, 'count': dataset.count,
+        'resolution': dataset.resolution, 'channels': dataset.channels, 'classes': classes,
+        'class_names': dataset.class_names if classes else [],
+        'steps': args.steps, 'batch': args.batch, 'lr_decay': args.lr_decay, 'seed': args.seed,
+        'sigma_data': args.sigma_data, 'ema_step': 0} | cfg
 
 
-# ------------------------------------------------------------------------------- checkpoints, written and found
+# ----------------------------------------------------------------------------- checkpoints, written and found
 
 MAY_DIFFER = ('data', 'class_names', 'tuned_from')                        # between a run and its continuation
 
 
 def save(path, state):
-    """Write a file complete or not at all: a temporary name, flushed to disk, then renamed. Raises BadInput."""
+    """Write a file complete or not at all: under another name, flushed, then renamed. Raises BadInput."""
     temporary = f'{path}.tmp{os.getpid()}'
     try:
         with open(temporary, 'wb') as file:
@@ -129,8 +137,8 @@ def save(path, state):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:              # torch hides an OSError in the second
         error = error if isinstance(error, OSError) else error.__context__
-        raise BadInput(f'cannot write {path}: {getattr(error, "strerror", error)}; what was written before is '
-                       f'whole, so make room and type the same command again') from None
+        raise BadInput(f'cannot write {path}: {getattr(error, "strerror", error)}; what was written '
+                       f'before is whole, so make room and type the same command again') from None
     finally:
         pathlib.Path(temporary).unlink(missing_ok=True)
 
@@ -148,12 +156,12 @@ def newest_checkpoint(out, cfg):
             print(f'passed over: {mistake}')
             continue
         theirs = state['config']
-        steps = () if cfg['lr_decay'] or cfg['method'] == 'sddit' else ('steps',)    # no schedule: may be prolonged
+        steps = () if cfg['lr_decay'] or cfg['method'] == 'sddit' else ('steps',)     # no schedule: may grow
         differ = [f'{name} was {theirs.get(name)!r} and is now {cfg.get(name)!r}' for name in theirs | cfg
                   if name not in MAY_DIFFER + steps and theirs.get(name) != cfg.get(name)]
         if differ:
-            raise BadInput(f'{path} is of another configuration ({"; ".join(differ[:3])}): choose another --out, or '
-                           f'type the command it was made with')
+            raise BadInput(f'{path} is of another configuration ({"; ".join(differ[:3])}): choose another '
+                           f'--out, or type the command it was made with')
         return path, state
     if found:
         raise BadInput(f'none of the {len(found)} checkpoints in {out} is whole: remove them to start anew')
@@ -164,7 +172,7 @@ def newest_checkpoint(out, cfg):
 
 @torch.no_grad()
 def evaluate(net, cfg, dataset, batch, rank, world, precision):
-    """Held-out loss by noise level, through the inference path, and MC-DiT's collapse measure where it applies.
+    """Held-out loss by noise level, through the inference path, and MC-DiT's collapse measure if it has one.
 
     {'held_out': 8 numbers}, one for each of EVAL_SIGMAS, and for mcdit in training `collapse_encoder` and
     `collapse_patches`: rms(D - D_zeroed) / rms(D). Noise and masks are the same each time; images are shared
@@ -174,14 +182,15 @@ def evaluate(net, cfg, dataset, batch, rank, world, precision):
     shape = (n, cfg['channels'], cfg['resolution'], cfg['resolution'])
     shares = cfg['stage'] == 'train' and cfg['method'] == 'mcdit'
     def normal(*purpose):
-        return torch.randn(shape, generator=model.generator(device, cfg['seed'], 'held-out', *purpose), device=device)
+        rng = model.generator(device, cfg['seed'], 'held-out', *purpose)
+        return torch.randn(shape, generator=rng, device=device)
     mine = np.arange(n)[rank::world]
     raw, y = dataset.rows(dataset.trained + mine)
     x0 = dataset.to_input(raw.to(device), normal('latent')[mine])
     y = y.to(device)
     order = torch.rand(n, net.grid ** 2, generator=model.generator(device, cfg['seed'], 'held-out', 'order'),
                        device=device).argsort(1)[mine]
-    sums = torch.zeros(len(EVAL_SIGMAS), 4, dtype=torch.float64, device=device)   # loss; output, encoder, patches
+    sums = torch.zeros(len(EVAL_SIGMAS), 4, dtype=torch.float64, device=device)   # loss; 3 squares
     for j, level in enumerate(EVAL_SIGMAS):
         noise = normal(j)[mine]
         for first in range(0, len(mine), batch):
@@ -216,7 +225,8 @@ def preview(net, cfg, path, n, precision):
 
 def show(result):
     """The lines that `evaluate`'s numbers make on the screen."""
-    titles = {'held_out': 'held-out loss', 'collapse_encoder': 'rests on encoder', 'collapse_patches': 'rests on patches'}
+    titles = {'held_out': 'held-out loss', 'collapse_encoder': 'rests on encoder',
+              'collapse_patches': 'rests on patches'}
     lines = ['  sigma            ' + ''.join(f'{sigma:9.3g}' for sigma in EVAL_SIGMAS)]
     lines += [f'  {title:17}' + ''.join(f'{value:9.4f}' for value in result[name])
               for name, title in titles.items() if name in result]
@@ -251,14 +261,16 @@ def check(args, cfg, world):
     share = world * args.accumulate
     if min(args.batch, args.accumulate, args.steps, args.log_every, args.eval_every, args.save_every) < 1 \
             or args.preview < 0 or cfg['seed'] < 0:
-        raise BadInput('--steps, --batch, --accumulate and the three --...-every must be at least 1, --preview and '
-                       '--seed at least 0')
+        raise BadInput('--steps, --batch, --accumulate and the three --...-every must be at least 1, '
+                       '--preview and --seed at least 0')
     if args.batch % share:
-        raise BadInput(f'--batch {args.batch} cannot be shared by {world} processes times --accumulate {args.accumulate}: '
-                       f'type a multiple of {share}, such as {args.batch // share * share + share}')
-    if args.official_names and not (args.export and cfg['method'] == 'maskdit' and cfg['stage'] == 'train' and cfg['classes']):
-        raise BadInput('--official-names needs --export and a maskdit of some classes before its tuning: MaskDiT has no '
-                       'name for the rest')
+        raise BadInput(f'--batch {args.batch} cannot be shared by {world} processes times --accumulate '
+                       f'{args.accumulate}: type a multiple of {share}, such as '
+                       f'{args.batch // share * share + share}')
+    theirs = cfg['method'] == 'maskdit' and cfg['stage'] == 'train' and cfg['classes']
+    if args.official_names and not (args.export and theirs):
+        raise BadInput('--official-names needs --export and a maskdit of some classes before its tuning: '
+                       'MaskDiT has no name for the rest')
     if not 0 <= args.lr_decay <= 1 or not 0 < cfg['lr'] < math.inf:
         raise BadInput('--lr-decay must be between 0 and 1, and --lr above 0')
 
@@ -273,7 +285,7 @@ def train(args, cfg, dataset, start=None):
     check(args, cfg, world)
     precision = sample.pick_precision(args.precision, device)
     if device.type == 'cpu' and precision == torch.bfloat16:
-        torch.backends.cuda.enable_flash_sdp(False)       # rules CPUs too, where its bfloat16 backward takes half a step
+        torch.backends.cuda.enable_flash_sdp(False)     # rules CPUs too: there, its bfloat16 backward is slow
     micro = args.batch // world // args.accumulate
     out = pathlib.Path(args.out)
 
@@ -314,25 +326,31 @@ def train(args, cfg, dataset, start=None):
     del state
     student = net
     if world > 1:
-        student = DistributedDataParallel(net, [device] if device.type == 'cuda' else None, gradient_as_bucket_view=True)
+        student = DistributedDataParallel(net, [device] if device.type == 'cuda' else None,
+                                          gradient_as_bucket_view=True)
 
     # the header, which is the first line of the log as well
-    hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    hardware = f'CPU, {torch.get_num_threads()} threads'
+    if device.type == 'cuda':
+        hardware = torch.cuda.get_device_name(device)
     count = sum(p.numel() for p in net.parameters())
     branch = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
     lines = log = None
     if rank == 0:
         lines = {
-            'method': cfg['method'] + (', unmasked tuning' if cfg['stage'] == 'tune' else f', {cfg["mask_ratio"]:.0%} masked'),
-            'network': f'{cfg["model"]}, {count:,} parameters' + (f' and {branch:,} in the EMA network' if branch else ''),
-            'data': f'{cfg["data"]}: {dataset.trained:,} {cfg["kind"]} and {dataset.held_out:,} held out, {cfg["channels"]} x '
-                    f'{cfg["resolution"]} x {cfg["resolution"]}, {cfg["classes"] or "no"} classes',
+            'method': f'{cfg["method"]}, {cfg["mask_ratio"]:.0%} masked',
+            'network': f'{cfg["model"]}, {count:,} parameters, {branch:,} in the EMA network',
+            'data': f'{cfg["data"]}: {dataset.trained:,} {cfg["kind"]} and {dataset.held_out:,} held out, '
+                    f'{cfg["channels"]} x {cfg["resolution"]} x {cfg["resolution"]}, '
+                    f'{cfg["classes"] or "no"} classes',
             'device': f'{world} x {hardware}, {precision}',
-            'batch': f'{args.batch} = {world} x {micro} x {args.accumulate} (processes x images x accumulation)',
+            'batch': f'{args.batch} = {world} processes x {micro} images x {args.accumulate} accumulated',
             'steps': f'{step} to {args.steps}',
-            'versions': f'torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}',
+            'versions': f'torch {torch.__version__}, numpy {np.__version__}, '
+                        f'python {platform.python_version()}',
             'commit': git_commit(), 'seed': cfg['seed'], 'config': cfg}
-        print(''.join(f'{name:10}{value}\n' for name, value in lines.items() if name != 'config'), end='', flush=True)
+        for name in list(lines)[:-1]:                                         # all but the configuration
+            print(f'{name:10}{lines[name]}', flush=True)
         if step:
             print(f'resumes   {path}')
             keep = [line for line in read_log(out) if line.get('step', 0) <= step]
@@ -357,7 +375,8 @@ def train(args, cfg, dataset, start=None):
     def checkpoint(step):
         if rank == 0:
             save(out / f'{step:07d}.pt', {
-                'model': net.state_dict(), 'ema': ema.state_dict(), 'teacher': teacher.state_dict() if teacher is not None else None,
+                'model': net.state_dict(), 'ema': ema.state_dict(),
+                'teacher': teacher.state_dict() if teacher is not None else None,
                 'opt': optimizer.state_dict(), 'step': step, 'config': cfg})
             for old in sorted(out.glob('[0-9]' * 7 + '*.pt'))[:-2]:
                 old.unlink()
@@ -381,7 +400,8 @@ def train(args, cfg, dataset, start=None):
         draws = model.draw(cfg, step, args.batch, device)
         normal = None
         if cfg['kind'] == 'moments':
-            normal = torch.randn(draws['noise'].shape, generator=model.generator(device, cfg['seed'], step, 'latent'), device=device)
+            rng = model.generator(device, cfg['seed'], step, 'latent')
+            normal = torch.randn(draws['noise'].shape, generator=rng, device=device)
         for k in range(args.accumulate):
             first = (k * world + rank) * micro
             rows = slice(first, first + micro)
@@ -390,7 +410,8 @@ def train(args, cfg, dataset, start=None):
             last = k + 1 == args.accumulate
             with contextlib.nullcontext() if last or world == 1 else student.no_sync():
                 with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    loss, parts = method_loss(student, teacher, x, y.to(device), {name: value[rows] for name, value in draws.items()}, cfg)
+                    mine = {name: value[rows] for name, value in draws.items()}
+                    loss, parts = method_loss(student, teacher, x, y.to(device), mine, cfg)
                 (loss / args.accumulate).backward()
             for name, value in ({'loss': loss.detach()} | parts).items():
                 sums[name] = sums.get(name, 0) + value / args.accumulate
@@ -411,12 +432,14 @@ def train(args, cfg, dataset, start=None):
                 dist.all_reduce(means)
             if rank == 0:
                 speed = since * args.batch / (time.perf_counter() - clock)
-                line = {'step': step} | dict(zip(sums, (means / world).tolist())) | {'lr': lr, 'images_per_s': round(speed, 2)}
+                line = {'step': step} | dict(zip(sums, (means / world).tolist()))
+                line |= {'lr': lr, 'images_per_s': round(speed, 2)}
                 log.write(json.dumps(line) + '\n')
                 left = time.strftime('%H:%M:%S', time.gmtime((args.steps - step) * args.batch / speed))
                 days = int((args.steps - step) * args.batch / speed // 86400)
-                tqdm.write(f'step {step}/{args.steps}  ' + '  '.join(f'{name} {line[name]:.4f}' for name in sums)
-                           + f'  {speed:.3g} images/s  {f"{days} d " if days else ""}{left} left')
+                losses = '  '.join(f'{name} {line[name]:.4f}' for name in sums)
+                tqdm.write(f'step {step}/{args.steps}  {losses}'
+                           f'  {speed:.3g} images/s  {f"{days} d " if days else ""}{left} left')
             sums, since, clock = {}, 0, time.perf_counter()
         if step % args.eval_every == 0 or done:
             now_and_then(step)
@@ -429,9 +452,10 @@ def train(args, cfg, dataset, start=None):
     if rank == 0:
         log.close()
         if args.export:
-            save(args.export, {'ema': model.to_maskdit_names(ema.state_dict(), cfg)} if args.official_names else
-                 {'ema': ema.state_dict(), 'step': step, 'config': cfg})
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
+            save(args.export, {'ema': model.to_maskdit_names(ema.state_dict(), cfg)} if args.official_names
+                 else {'ema': ema.state_dict(), 'step': step, 'config': cfg})
+        unit = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20               # of ru_maxrss: bytes or KiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         if device.type == 'cuda':
             peak = torch.cuda.max_memory_allocated() / 2 ** 30
         print(f'done: {path}, peak memory {peak:.1f} GiB')

@@ -321,7 +321,7 @@ def test_torchrun_makes_shapes_once_and_trains(tmp_path):
     done = torchrun(ROOT / 'train.py', '--model', 'T/8', '--steps', '2', '--batch', '4', '--preview', '0', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'shapes']
-    assert 'shapes: 19,600 images' in done.stdout and '2 x CPU' in done.stdout and '4 = 2 x 2 x 1' in done.stdout
+    assert 'shapes: 19,600 images' in done.stdout and '2 x CPU' in done.stdout and '4 = 2 processes x 2 images x 1 accumulated' in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------ refusals
