@@ -803,7 +803,7 @@ def translate(state):
         raise
     except (KeyError, ValueError, AttributeError):
         found = ', '.join(list(weights)[:3]) or 'none'
-        raise BadInput(f'expected the tensors of MaskDiT, DiT or MDT version 1, such as x_embedder.proj.weight '
+        raise BadInput(f'expected the tensors of MaskDiT, DiT or MDT version 1, x_embedder.proj.weight '
                        f'and blocks.0.attn.qkv.weight, and found {found}') from None
     with torch.device('meta'):
         wanted = Net(cfg).state_dict()

@@ -289,7 +289,7 @@ def main(argv=None):
     if args.cfg != 1 and not cfg['classes']:
         raise BadInput('--cfg needs classes, and this network was trained without')
     if args.cfg == 1 and (args.cfg_interval or args.cfg_power):
-        raise BadInput('--cfg-interval and --cfg-power schedule guidance, which --cfg 1 is not: type its weight')
+        raise BadInput('--cfg-interval and --cfg-power plan guidance, and --cfg 1 is none: type its weight')
     low, high = args.cfg_interval or (0, 1)
     if args.cfg_power is not None and args.cfg_power <= 0 or not low < high:
         raise BadInput('--cfg-power must be above 0, --cfg-interval a low and a high noise level')

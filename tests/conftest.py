@@ -4,16 +4,16 @@ import os
 import pathlib
 import sys
 
-os.environ['OMP_NUM_THREADS'] = '1'           # two OpenMP threads on two busy cores spin against each other
+os.environ['OMP_NUM_THREADS'] = '1'  # two OpenMP threads on two busy cores spin against each other
 
-import pytest                                                                 # noqa: E402
-import torch                                                                  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data                                                                   # noqa: E402
-import model                                                                  # noqa: E402
+import data  # noqa: E402
+import model  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -35,14 +35,33 @@ def pytest_collection_modifyitems(config, items):
 
 def config(method='mcdit', **changes):
     """A configuration as train.py makes it: T/2 on 3 x 8 x 8 pictures, so N = 16 tokens."""
-    return model.METHODS[method]['defaults'] | {
-        'stage': 'train', 'method': method, 'model': 'T/2', 'data': 'none', 'kind': 'images', 'count': 100,
-        'resolution': 8, 'channels': 3, 'classes': 10, 'class_names': [str(k) for k in range(10)], 'steps': 10,
-        'batch': 8, 'lr_decay': 0.0, 'seed': 0, 'sigma_data': 0.5, 'ema_step': 0, 'diffusion': 'edm'} | changes
+    return (
+        model.METHODS[method]['defaults']
+        | {
+            'stage': 'train',
+            'method': method,
+            'model': 'T/2',
+            'data': 'none',
+            'kind': 'images',
+            'count': 100,
+            'resolution': 8,
+            'channels': 3,
+            'classes': 10,
+            'class_names': [str(k) for k in range(10)],
+            'steps': 10,
+            'batch': 8,
+            'lr_decay': 0.0,
+            'seed': 0,
+            'sigma_data': 0.5,
+            'ema_step': 0,
+            'diffusion': 'edm',
+        }
+        | changes
+    )
 
 
 def randomise(module, seed=0, scale=0.1):
-    """Random numbers in every parameter, the zero-initialised ones above all; most tests would pass without."""
+    """Random numbers in every parameter, the zero-initialised ones too; most tests would pass without."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -63,12 +82,14 @@ def build(cfg, dtype=torch.float64, seed=0):
 def images(cfg, n=4, dtype=torch.float64, seed=5):
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(n, cfg['channels'], cfg['resolution'], cfg['resolution'], generator=rng, dtype=dtype) / 2
-    return x, torch.randint(cfg['classes'], (n,), generator=rng) if cfg['classes'] else torch.zeros(n, dtype=torch.long)
+    return x, torch.randint(cfg['classes'], (n,), generator=rng) if cfg['classes'] else torch.zeros(
+        n, dtype=torch.long
+    )
 
 
 def draws(cfg, n=4, step=3, dtype=torch.float64):
     made = model.draw(cfg, step, n)
-    made['drop'][0] = True                                                    # at least one label is dropped
+    made['drop'][0] = True  # at least one label is dropped
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
 
 
@@ -84,8 +105,11 @@ def shapes(tmp_path_factory):
 def moments(tmp_path_factory):
     """A folder of 60 random latent moments, 4 x 8 x 8, of 3 classes."""
     import numpy as np
+
     folder = tmp_path_factory.mktemp('data') / 'moments'
     rng = np.random.default_rng(0)
     rows = ((rng.standard_normal((8, 8, 8)) * 3, int(rng.integers(3))) for _ in range(60))
-    data.save_folder(folder, rows, 'float16', (8, 8, 8), {'kind': 'moments', 'classes': 3, 'scale': 0.18215}, 0)
+    data.save_folder(
+        folder, rows, 'float16', (8, 8, 8), {'kind': 'moments', 'classes': 3, 'scale': 0.18215}, 0
+    )
     return folder

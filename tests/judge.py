@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn import functional
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import data                                                                   # noqa: E402  (the project is no package)
+import data  # noqa: E402  (the project is no package)
 
-TRAIN, TEST, TRAIN_SEED, TEST_SEED = 12_000, 2_000, 1001, 1002               # not the seed of the data set
+TRAIN, TEST, TRAIN_SEED, TEST_SEED = 12_000, 2_000, 1001, 1002  # not the seed of the data set
 
 
 def real(size, count, seed):
@@ -34,10 +34,18 @@ def real(size, count, seed):
 def train_judge(size):
     """(classifier, its accuracy on unseen real shapes)."""
     torch.manual_seed(0)
+
     def layer(n, m):
         return nn.Sequential(nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), nn.ReLU(), nn.MaxPool2d(2))
-    judge = nn.Sequential(layer(3, 32), layer(32, 64), layer(64, 128), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
-                          nn.Linear(512, len(data.SHAPES)))
+
+    judge = nn.Sequential(
+        layer(3, 32),
+        layer(32, 64),
+        layer(64, 128),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(512, len(data.SHAPES)),
+    )
     x, y = real(size, TRAIN, TRAIN_SEED)
     epochs, batch = 4, 100
     steps = epochs * TRAIN // batch
@@ -64,12 +72,20 @@ def main():
     parser.add_argument('--json', help='file to write the numbers to')
     args = parser.parse_args()
     with np.load(args.npz) as file:
-        images, labels, settings = file['arr_0'], torch.from_numpy(file['arr_1']), json.loads(str(file['settings']))
+        images, labels, settings = (
+            file['arr_0'],
+            torch.from_numpy(file['arr_1']),
+            json.loads(str(file['settings'])),
+        )
     judge, on_real = train_judge(images.shape[1])
     right = verdicts(judge, torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1) == labels
-    result = {'samples': len(labels), 'settings': settings, 'judge on unseen real shapes': on_real,
-              'accuracy': right.double().mean().item(),
-              'by class': {name: right[labels == k].double().mean().item() for k, name in enumerate(data.SHAPES)}}
+    result = {
+        'samples': len(labels),
+        'settings': settings,
+        'judge on unseen real shapes': on_real,
+        'accuracy': right.double().mean().item(),
+        'by class': {name: right[labels == k].double().mean().item() for k, name in enumerate(data.SHAPES)},
+    }
     print(f'judge on unseen real shapes   {on_real:.1%}')
     print(f'{len(labels)} samples taken for their class   {result["accuracy"]:.1%}')
     for name, share in result['by class'].items():

@@ -22,13 +22,14 @@ def small(folder, kind='images', shape=(10, 3, 8, 8), dtype='uint8', classes=2, 
 
 # ------------------------------------------------------------------------------------------------- reading
 
+
 def test_pixels_run_from_minus_one_to_one(tmp_path):
     dataset = data.Data(small(tmp_path))
     raw, labels = dataset.rows(np.array([3, 0, 7]))
     assert raw.dtype == torch.uint8 and labels.tolist() == [1, 0, 1]
     x = dataset.to_input(torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16), None)
     assert x.min() == -1 and x.max() == 1
-    assert torch.equal(data.to_uint8(x).flatten(), torch.arange(256, dtype=torch.uint8))      # and back, exactly
+    assert torch.equal(data.to_uint8(x).flatten(), torch.arange(256, dtype=torch.uint8))  # and back, exactly
 
 
 def test_moments_are_sampled_and_scaled(tmp_path):
@@ -43,11 +44,13 @@ def test_moments_are_sampled_and_scaled(tmp_path):
     dataset = data.Data(folder)
     assert (dataset.channels, dataset.resolution) == (4, 2)
     raw, _ = dataset.rows(np.zeros(10_000, int))
-    x = dataset.to_input(raw, torch.randn(10_000, 4, 2, 2, generator=torch.Generator().manual_seed(0))).double()
+    x = dataset.to_input(
+        raw, torch.randn(10_000, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    ).double()
     std = 0.18215 * np.exp(np.clip(logvar, -30, 20) / 2)
     n = 40_000
     for c in range(4):
-        assert x[:, c].mean().item() == pytest.approx(0.18215 * mean[c], abs=5 * std[c] / n ** 0.5 + 1e-6)
+        assert x[:, c].mean().item() == pytest.approx(0.18215 * mean[c], abs=5 * std[c] / n**0.5 + 1e-6)
         assert x[:, c].std().item() == pytest.approx(std[c], rel=5 / (2 * n) ** 0.5, abs=1e-6)
 
 
@@ -67,14 +70,17 @@ def test_every_image_once_an_epoch_in_an_order_of_its_own():
     n, batch = 10, 4
     seen = np.concatenate([data.batch_indices(7, step, batch, n) for step in range(10)])
     for epoch in range(4):
-        assert sorted(seen[epoch * n:(epoch + 1) * n]) == list(range(n))
-    assert seen[:n].tolist() != seen[n:2 * n].tolist()
-    assert np.array_equal(data.batch_indices(7, 3, batch, n), seen[12:16])    # no state: any step can be asked for
+        assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert seen[:n].tolist() != seen[n : 2 * n].tolist()
+    assert np.array_equal(
+        data.batch_indices(7, 3, batch, n), seen[12:16]
+    )  # no state: any step can be asked for
     assert not np.array_equal(data.batch_indices(8, 3, batch, n), seen[12:16])
-    assert len(data.batch_indices(0, 2, 25, n)) == 25                         # more than an epoch in a batch
+    assert len(data.batch_indices(0, 2, 25, n)) == 25  # more than an epoch in a batch
 
 
 # ------------------------------------------------------------------------------------------------ refusals
+
 
 def spoil_missing(folder):
     return folder / 'nowhere'
@@ -170,10 +176,12 @@ def test_bad_folders_are_refused(tmp_path, spoil):
 
 # ------------------------------------------------------------------------------------------------- writing
 
+
 def test_a_failed_write_leaves_nothing(tmp_path):
     def rows():
         yield np.zeros((3, 8, 8)), 0
         raise OSError(28, 'No space left on device')
+
     with pytest.raises(data.BadInput, match='No space left'):
         data.save_folder(tmp_path / 'd', rows(), 'uint8', (3, 8, 8), {}, 0)
     assert list(tmp_path.iterdir()) == []
@@ -193,13 +201,18 @@ def test_rounding_is_to_the_nearest_level():
 
 # -------------------------------------------------------------------------------------------------- shapes
 
+
 def test_shapes_are_a_function_of_the_seed(tmp_path):
     for name, seed in (('a', 0), ('b', 0), ('c', 1)):
         data.make_shapes(tmp_path / name, size=16, count=600, seed=seed)
     a, b, c = (np.load(tmp_path / name / 'data.npy') for name in 'abc')
     assert a.shape == (600, 3, 16, 16) and np.array_equal(a, b) and not np.array_equal(a, c)
     dataset = data.Data(tmp_path / 'a')
-    assert dataset.classes == 10 and set(dataset.labels) == set(range(10)) and dataset.class_names == list(data.SHAPES)
+    assert (
+        dataset.classes == 10
+        and set(dataset.labels) == set(range(10))
+        and dataset.class_names == list(data.SHAPES)
+    )
     assert Image.open(tmp_path / 'a' / 'preview.png').size[0] > 300
 
 
@@ -226,7 +239,7 @@ def test_colours_do_not_give_the_class_away():
 
 
 def test_the_face_has_matching_eyes():
-    """Parts belong together: every shape but the moon is its own mirror image, eyes, dots and bars included."""
+    """Parts belong together: every shape but the moon is its own mirror image, eyes and dots included."""
     at = (np.arange(64) + 0.5) / 32 - 1
     x, y = np.meshgrid(at, at)
     for name, shape in data.SHAPES.items():
@@ -262,7 +275,6 @@ def test_default_data(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------- folder
 
 
-
 @pytest.fixture
 def tree(tmp_path):
     """Two classes of PNG, JPEG and WebP files, two of them broken, and one beside the class folders."""
@@ -275,7 +287,7 @@ def tree(tmp_path):
             image.save(place / f'{i}.{("png", "jpg", "webp")[i % 3]}')
     (tmp_path / 'src' / 'dog' / 'empty.png').write_bytes(b'')
     whole = (tmp_path / 'src' / 'cat' / 'deeper' / '1.jpg').read_bytes()
-    (tmp_path / 'src' / 'cat' / 'half.jpg').write_bytes(whole[:len(whole) // 2])
+    (tmp_path / 'src' / 'cat' / 'half.jpg').write_bytes(whole[: len(whole) // 2])
     (tmp_path / 'src' / 'cat' / 'notes.txt').write_text('no picture')
     Image.new('RGB', (9, 9)).save(tmp_path / 'src' / 'stray.png')
     return tmp_path / 'src'
@@ -292,8 +304,11 @@ def test_folder(tree, tmp_path, capsys):
     assert dataset.array.shape == (9, 3, 16, 16) and dataset.class_names == ['cat', 'dog']
     assert np.bincount(dataset.labels).tolist() == [5, 4]
     assert (out / 'preview.png').exists()
-    expected = {data.read_picture(path, 16).tobytes() for path in tree.rglob('*.*')
-                if path.name in ('0.png', '1.jpg', '2.webp', '3.png', '4.jpg')}
+    expected = {
+        data.read_picture(path, 16).tobytes()
+        for path in tree.rglob('*.*')
+        if path.name in ('0.png', '1.jpg', '2.webp', '3.png', '4.jpg')
+    }
     assert {row.tobytes() for row in dataset.array} == expected
 
 
@@ -301,7 +316,9 @@ def test_folder_without_classes(tmp_path):
     (tmp_path / 'src').mkdir()
     for i in range(3):
         Image.new('L', (20, 30), i).save(tmp_path / 'src' / f'{i}.png')
-    data.main(['folder', str(tmp_path / 'src'), '--out', str(tmp_path / 'made'), '--size', '8', '--workers', '1'])
+    data.main(
+        ['folder', str(tmp_path / 'src'), '--out', str(tmp_path / 'made'), '--size', '8', '--workers', '1']
+    )
     dataset = data.Data(tmp_path / 'made')
     assert dataset.classes == 0 and dataset.count == 3 and dataset.channels == 3
 
@@ -312,7 +329,7 @@ def test_center_crop_is_adms():
     halved = image.resize((45, 75), Image.Resampling.BOX)
     scaled = halved.resize((32, round(75 * 32 / 45)), Image.Resampling.BICUBIC)
     top = (scaled.height - 32) // 2
-    expected = np.asarray(scaled)[top:top + 32]
+    expected = np.asarray(scaled)[top : top + 32]
     assert np.array_equal(np.asarray(data.center_crop(image, 32)), expected)
 
 
@@ -321,15 +338,19 @@ def test_decompression_bomb_is_skipped(tmp_path):
     assert 'DecompressionBomb' in data.read_picture(tmp_path / 'bomb.png', 8)
 
 
-@pytest.mark.parametrize('argv, words', [
-    (['folder', 'nowhere', '--size', '8'], 'no folder nowhere'),
-    (['folder', 'empty', '--size', '8'], 'holds no picture'),
-    (['folder', 'broken', '--size', '8', '--workers', '1'], 'fewer than 2 readable'),
-    (['folder', 'empty', '--size', '0'], 'at least 1'),
-    (['shapes', '--out', 'empty'], 'exists already'),
-    (['shapes', '--n', '1'], 'at least 2'),
-    (['shapes', '--out', 'file/inside'], 'cannot write'),
-    (['shapes', '--colour', 'red'], 'unrecognized arguments')])
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['folder', 'nowhere', '--size', '8'], 'no folder nowhere'),
+        (['folder', 'empty', '--size', '8'], 'holds no picture'),
+        (['folder', 'broken', '--size', '8', '--workers', '1'], 'fewer than 2 readable'),
+        (['folder', 'empty', '--size', '0'], 'at least 1'),
+        (['shapes', '--out', 'empty'], 'exists already'),
+        (['shapes', '--n', '1'], 'at least 2'),
+        (['shapes', '--out', 'file/inside'], 'cannot write'),
+        (['shapes', '--colour', 'red'], 'unrecognized arguments'),
+    ],
+)
 def test_refusals_exit_with_2_and_write_nothing(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()

@@ -17,9 +17,12 @@ import model
 import sample
 import train
 
-SHORT = {'train': ['--model', 'T/4', '--steps', '2', '--batch', '4', '--preview', '2'],
-         'finetune': ['--steps', '2', '--batch', '2', '--preview', '0'],
-         'sample': ['--steps', '2', '-n', '2'], 'data': []}
+SHORT = {
+    'train': ['--model', 'T/4', '--steps', '2', '--batch', '4', '--preview', '2'],
+    'finetune': ['--steps', '2', '--batch', '2', '--preview', '0'],
+    'sample': ['--steps', '2', '-n', '2'],
+    'data': [],
+}
 MAIN = {'train': train.main, 'finetune': finetune.main, 'sample': sample.main, 'data': data.main}
 
 
@@ -33,7 +36,9 @@ def commands(text):
                 yield found[1], shlex.split(found[2], comments=True)
 
 
-README = list(commands('\n'.join(re.findall(r'^```\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S))))
+README = list(
+    commands('\n'.join(re.findall(r'^```\n(.*?)^```', (ROOT / 'README.md').read_text(), re.M | re.S)))
+)
 DOCSTRINGS = [command for module in (train, finetune, sample, data) for command in commands(module.__doc__)]
 
 
@@ -42,30 +47,45 @@ def desk(tmp_path_factory):
     """A folder with everything that the commands name."""
     desk = tmp_path_factory.mktemp('desk')
     rng = np.random.default_rng(0)
-    for name, size, channels, classes, kind in (('imagenet256', 8, 8, 1000, 'moments'), ('flowers', 32, 4, 5, 'latents')):
+    for name, size, channels, classes, kind in (
+        ('imagenet256', 8, 8, 1000, 'moments'),
+        ('flowers', 32, 4, 5, 'latents'),
+    ):
         rows = ((rng.standard_normal((channels, size, size)), int(rng.integers(classes))) for _ in range(8))
-        data.save_folder(desk / name, rows, 'float16', (channels, size, size), {'kind': kind, 'classes': classes}, 0)
+        data.save_folder(
+            desk / name, rows, 'float16', (channels, size, size), {'kind': kind, 'classes': classes}, 0
+        )
     data.make_shapes(desk / 'shapes', size=8, count=60)
     (desk / 'pictures' / 'one').mkdir(parents=True)
     for k in range(4):
-        Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(desk / 'pictures' / 'one' / f'{k}.png')
+        Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(
+            desk / 'pictures' / 'one' / f'{k}.png'
+        )
     Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(desk / 'photo.png')
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(desk / 'mask.png')
     torch.save(official('dit', 'S'), desk / 'DiT-XL-2-256x256.pt')
     made = train.main([*SHORT['train'], '--data', str(desk / 'shapes'), '--out', str(desk / 'made')])
-    for name in {word for _, words in README + DOCSTRINGS for word in words if re.fullmatch(r'\w+/\d{7}\.pt', word)}:
+    for name in {
+        word for _, words in README + DOCSTRINGS for word in words if re.fullmatch(r'\w+/\d{7}\.pt', word)
+    }:
         (desk / name).parent.mkdir(exist_ok=True)
         (desk / name).write_bytes(made.read_bytes())
     return desk
 
 
-@pytest.mark.parametrize('script, arguments', README + DOCSTRINGS, ids=lambda part: part if isinstance(part, str) else ' '.join(part))
+@pytest.mark.parametrize(
+    'script, arguments',
+    README + DOCSTRINGS,
+    ids=lambda part: part if isinstance(part, str) else ' '.join(part),
+)
 def test_command(script, arguments, desk, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for entry in desk.iterdir():                                              # a desk of its own, for what it writes
+    for entry in desk.iterdir():  # a desk of its own, for what it writes
         pathlib.Path(entry.name).symlink_to(entry)
     arguments = [word.replace('~', '.') for word in arguments] + SHORT[script]
-    arguments += ['--out', 'new.png' if script == 'sample' else 'new'] + ['--npz', 'new.npz'] * ('--npz' in arguments)
+    arguments += ['--out', 'new.png' if script == 'sample' else 'new'] + ['--npz', 'new.npz'] * (
+        '--npz' in arguments
+    )
     MAIN[script](arguments)
     assert list(tmp_path.glob('new*'))
 
@@ -78,5 +98,5 @@ def test_there_are_commands():
 def test_the_table_of_methods_is_the_programs():
     text = (ROOT / 'README.md').read_text()
     for method, row in model.METHODS.items():
-        line, = re.findall(rf'^\| `{method}` \| .*', text, re.M)[:1]
+        (line,) = re.findall(rf'^\| `{method}` \| .*', text, re.M)[:1]
         assert f'| {row["defaults"]["mask_ratio"]:g} |' in line

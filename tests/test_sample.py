@@ -19,26 +19,29 @@ import sample
 @pytest.fixture
 def checkpoint(tmp_path):
     """A random network of T/2 on 3 x 8 x 8, 10 classes, saved as train.py does."""
+
     def make(name='x.pt', **changes):
         cfg = config(**changes)
         torch.save({'ema': randomise(model.Net(cfg)).state_dict(), 'step': 1, 'config': cfg}, tmp_path / name)
         return tmp_path / name
+
     return make
 
 
 # ------------------------------------------------------------------------------------------------- sampler
 
+
 def test_noise_levels():
     t = sample.noise_levels(40)
     assert len(t) == 41 and t[-1] == 0
     assert t[0] == pytest.approx(80) and t[39] == pytest.approx(0.002)
-    for i in range(40):                                                       # EDM eq. 5
+    for i in range(40):  # EDM eq. 5
         assert t[i] == pytest.approx((80 ** (1 / 7) + i / 39 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
 
 
 def gaussian(s):
     """The exact denoiser of data N(0, s^2), and the exact end of the ODE that starts at unit noise z."""
-    return (lambda x, sigma: s ** 2 / (s ** 2 + sigma ** 2) * x), lambda z: 80 * z * s / math.sqrt(s ** 2 + 80 ** 2)
+    return (lambda x, sigma: s**2 / (s**2 + sigma**2) * x), lambda z: 80 * z * s / math.sqrt(s**2 + 80**2)
 
 
 def test_sampler_is_of_second_order():
@@ -48,7 +51,7 @@ def test_sampler_is_of_second_order():
     ends = [sample.edm_sampler(D, z, sample.noise_levels(steps)) for steps in (40, 80, 160)]
     errors = [(end - exact(z)).abs().max().item() for end in ends]
     assert 3.5 < errors[0] / errors[1] < 4.5 and 3.5 < errors[1] / errors[2] < 4.5
-    limit = (4 * ends[2] - ends[1]) / 3                                       # Richardson: the h^2 term gone
+    limit = (4 * ends[2] - ends[1]) / 3  # Richardson: the h^2 term gone
     assert (limit - exact(z)).abs().max() < 1e-4
 
 
@@ -56,8 +59,11 @@ def test_sampler_is_of_second_order():
 def test_evaluations(steps, evaluations):
     D, _ = gaussian(0.5)
     levels = []
-    sample.edm_sampler(lambda x, sigma: levels.append(sigma) or D(x, sigma), torch.ones(1, 1, 1, 1, dtype=torch.float64),
-                       sample.noise_levels(steps))
+    sample.edm_sampler(
+        lambda x, sigma: levels.append(sigma) or D(x, sigma),
+        torch.ones(1, 1, 1, 1, dtype=torch.float64),
+        sample.noise_levels(steps),
+    )
     assert len(levels) == evaluations
 
 
@@ -65,13 +71,16 @@ def test_the_state_keeps_its_precision():
     for dtype in (torch.float32, torch.float64):
         seen = []
         D, _ = gaussian(0.5)
-        x = sample.edm_sampler(lambda x, sigma: seen.append(x.dtype) or D(x, sigma), torch.ones(1, 1, 1, 1, dtype=dtype),
-                               sample.noise_levels(4))
+        x = sample.edm_sampler(
+            lambda x, sigma: seen.append(x.dtype) or D(x, sigma),
+            torch.ones(1, 1, 1, 1, dtype=dtype),
+            sample.noise_levels(4),
+        )
         assert x.dtype == dtype and set(seen) == {dtype}
 
 
 def test_churn_puts_back_as_much_noise_as_it_says():
-    """Algorithm 2 leaves the distribution as it is: data of deviation 0.5 come out, within 5 standard errors."""
+    """Algorithm 2 keeps the distribution: data of deviation 0.5 come out, within 5 standard errors."""
     D, _ = gaussian(0.5)
     rng = torch.Generator().manual_seed(0)
     normal = lambda: torch.randn(20_000, 1, 1, 1, generator=rng, dtype=torch.float64)
@@ -79,9 +88,9 @@ def test_churn_puts_back_as_much_noise_as_it_says():
     x = sample.edm_sampler(D, z, sample.noise_levels(40), S_churn=40.0, fresh_noise=normal)
     plain = sample.edm_sampler(D, z, sample.noise_levels(40))
     assert x.std().item() == pytest.approx(plain.std().item(), rel=5 / math.sqrt(2 * 20_000) + 0.01)
-    assert np.corrcoef(x.flatten(), plain.flatten())[0, 1] < 0.5              # and it did put noise in
+    assert np.corrcoef(x.flatten(), plain.flatten())[0, 1] < 0.5  # and it did put noise in
     half = sample.edm_sampler(D, z, sample.noise_levels(40), S_churn=40.0, S_noise=0.0, fresh_noise=normal)
-    assert half.std() < 0.45                                                  # levels raised, no noise added
+    assert half.std() < 0.45  # levels raised, no noise added
 
 
 def test_churn_only_between_S_min_and_S_max():
@@ -92,8 +101,10 @@ def test_churn_only_between_S_min_and_S_max():
     sample.edm_sampler(D, z, sample.noise_levels(20), S_churn=5.0, S_min=0.1, S_max=1.0, fresh_noise=fresh)
     assert len(asked) == sum(0.1 <= t <= 1.0 for t in sample.noise_levels(20))
     levels = []
-    sample.edm_sampler(lambda x, s: levels.append(s) or D(x, s), z, sample.noise_levels(20), S_churn=100.0, fresh_noise=fresh)
-    assert levels[0] == pytest.approx(80 * math.sqrt(2))                      # gamma is capped at sqrt(2) - 1
+    sample.edm_sampler(
+        lambda x, s: levels.append(s) or D(x, s), z, sample.noise_levels(20), S_churn=100.0, fresh_noise=fresh
+    )
+    assert levels[0] == pytest.approx(80 * math.sqrt(2))  # gamma is capped at sqrt(2) - 1
 
 
 @pytest.mark.parametrize('steps', [1, 0, -3])
@@ -103,6 +114,7 @@ def test_too_few_steps_are_refused(steps):
 
 
 # ------------------------------------------------------------------------------------------------ guidance
+
 
 def test_guidance_is_on_every_channel_and_in_one_call():
     cfg = config(channels=4)
@@ -137,7 +149,7 @@ def test_power_cosine():
     assert [w(t[i]) for i in (0, 2, 3, 4)] == pytest.approx([1.0, 1.026901, 1.636545, 3.8], abs=1e-6)
     t = sample.noise_levels(40)
     assert all(a < b for a, b in zip([w(s) for s in t[:40]], [w(s) for s in t[1:40]]))
-    assert w(100.0) == 1.0                                                    # churn may go above sigma_max
+    assert w(100.0) == 1.0  # churn may go above sigma_max
     assert sample.guidance(3.8, config(), power=1.0)(sample.noise_levels(3)[1]) == pytest.approx(2.4)
 
 
@@ -145,14 +157,17 @@ def test_power_cosine_of_wrapped_ddpm_follows_its_steps():
     w = sample.guidance(3.8, config(diffusion='ddpm'), power=4.0)
     sigmas = model.ddpm_sigmas()
     assert [w(sigmas[t].item()) for t in (999, 750, 500, 250, 100, 0)] == pytest.approx(
-        [1.000000, 1.000105, 1.026901, 1.636545, 3.059374, 3.8], abs=2e-6)
+        [1.000000, 1.000105, 1.026901, 1.636545, 3.059374, 3.8], abs=2e-6
+    )
 
 
 def test_guidance_in_an_interval_costs_nothing_outside():
     cfg = config()
     net = randomise(model.Net(cfg))
     sizes = []
-    look = lambda net, x, levels, y, cfg: sizes.append((levels[0].item(), len(x))) or model.denoise(net, x, levels, y, cfg)
+    look = lambda net, x, levels, y, cfg: (
+        sizes.append((levels[0].item(), len(x))) or model.denoise(net, x, levels, y, cfg)
+    )
     D = sample.guided(net, torch.tensor([1, 2]), sample.guidance(3.0, cfg, interval=(0.2, 2.0)), cfg, look)
     with torch.no_grad():
         sample.edm_sampler(D, torch.randn(2, 3, 8, 8), sample.noise_levels(20))
@@ -162,14 +177,15 @@ def test_guidance_in_an_interval_costs_nothing_outside():
 
 # ---------------------------------------------------------------------------------------------- inpainting
 
+
 @pytest.fixture
 def photo(tmp_path):
     """An 8 x 8 picture, and a mask whose white pixels touch 5 of the 16 tokens."""
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / 'photo.png')
     mask = np.zeros((8, 8), np.uint8)
-    mask[2:6, 2:6] = 255                                                      # tokens 5, 6, 9, 10
-    mask[0, 0] = 255                                                          # a corner of token 0
+    mask[2:6, 2:6] = 255  # tokens 5, 6, 9, 10
+    mask[0, 0] = 255  # a corner of token 0
     Image.fromarray(mask).save(tmp_path / 'mask.png')
     return tmp_path / 'photo.png', tmp_path / 'mask.png'
 
@@ -177,7 +193,19 @@ def photo(tmp_path):
 @pytest.mark.parametrize('method', ['mdt', 'maskdit', 'mcdit'])
 def test_inpainting_keeps_what_is_known(method, checkpoint, photo, tmp_path):
     path = checkpoint(**config(method))
-    arguments = [str(path), '-n', '3', '--steps', '4', '--cfg', '2', '--inpaint', str(photo[0]), '--mask', str(photo[1])]
+    arguments = [
+        str(path),
+        '-n',
+        '3',
+        '--steps',
+        '4',
+        '--cfg',
+        '2',
+        '--inpaint',
+        str(photo[0]),
+        '--mask',
+        str(photo[1]),
+    ]
     sample.main([*arguments, '--npz', str(tmp_path / 'a.npz')])
     with np.load(tmp_path / 'a.npz') as file:
         images = file['arr_0'].astype(int)
@@ -206,6 +234,7 @@ def looks(method, fill_steps, steps=4):
     def spy(x, c_noise, y, visible, patches):
         seen.append((c_noise.mul(4).exp()[0].item(), x, visible, patches))
         return net(x, c_noise, y, visible, patches)
+
     spy.pos = net.pos
     D = sample.guided(spy, torch.tensor([1, 2]), sample.guidance(1.0, cfg), cfg, look)
     with torch.no_grad():
@@ -223,23 +252,24 @@ def test_mdt_fills_first_and_then_goes_on_as_usual(method, fill_steps):
         assert (visible is not None) == (sigma > t[fill_steps] * (1 + 1e-9))
         if visible is not None:
             assert visible.tolist() == [known.nonzero().flatten().tolist()] * 2
-        held = model.patchify(scaled * math.sqrt(sigma ** 2 + 0.25) - x0 - sigma * noise, 2)[:, known]
+        held = model.patchify(scaled * math.sqrt(sigma**2 + 0.25) - x0 - sigma * noise, 2)[:, known]
         assert held.abs().max() < 1e-9 * max(sigma, 1)
     assert torch.equal(model.patchify(end, 2)[:, known], model.patchify(x0, 2).expand(2, -1, -1)[:, known])
 
 
 def test_mcdit_turns_the_roles():
-    """Unknown tokens are the visible noisy ones, known ones the clean fill x0 / sd, and nothing is noised again."""
+    """Unknown tokens are the visible noisy ones, known ones the clean fill x0 / sd; nothing is noised again."""
     cfg, x0, known, noise, t, seen, end = looks('mcdit', 1)
     for sigma, scaled, visible, patches in seen:
         assert visible.tolist() == [(~known).nonzero().flatten().tolist()] * 2
         assert torch.allclose(patches.double(), model.patchify(x0 / 0.5, 2).expand(2, -1, -1), atol=1e-6)
-        held = model.patchify(scaled * math.sqrt(sigma ** 2 + 0.25) - x0, 2)[:, known]
+        held = model.patchify(scaled * math.sqrt(sigma**2 + 0.25) - x0, 2)[:, known]
         assert held.abs().max() < 1e-9
     assert torch.equal(model.patchify(end, 2)[:, known], model.patchify(x0, 2).expand(2, -1, -1)[:, known])
 
 
 # ----------------------------------------------------------------------------------------- image i is image i
+
 
 def test_image_i_does_not_depend_on_the_batch():
     cfg = config()
@@ -248,7 +278,9 @@ def test_image_i_does_not_depend_on_the_batch():
     for churn in ({}, {'S_churn': 10.0}):
         whole = sample.generate(net, cfg, 0, range(6), labels, 5, lambda sigma: 2.0, **churn)
         for batch in ([4], [5, 2], [0, 1, 2, 3]):
-            part = sample.generate(net, cfg, 0, batch, [labels[i] for i in batch], 5, lambda sigma: 2.0, **churn)
+            part = sample.generate(
+                net, cfg, 0, batch, [labels[i] for i in batch], 5, lambda sigma: 2.0, **churn
+            )
             levels = data.to_uint8(part).int() - data.to_uint8(whole[batch]).int()
             assert levels.abs().max() <= 1
             assert (part - whole[batch]).abs().max() < 1e-3
@@ -269,15 +301,28 @@ def test_labels():
     random = [sample.label_of(0, i, allowed, False) for i in range(3000)]
     assert random == [sample.label_of(0, i, allowed, False) for i in range(3000)]
     counts = np.bincount(random, minlength=8)[allowed]
-    assert counts.sum() == 3000 and abs(counts - 1000).max() < 130            # 5 standard errors
+    assert counts.sum() == 3000 and abs(counts - 1000).max() < 130  # 5 standard errors
 
 
 # ------------------------------------------------------------------------------------------------- command
 
+
 def test_npz_png_and_grid(checkpoint, tmp_path):
     path = checkpoint()
     arguments = [str(path), '--n', '5', '--steps', '3', '--batch', '2', '--seed', '4', '--precision', 'fp32']
-    sample.main([*arguments, '--npz', str(tmp_path / 'a.npz'), '--png', str(tmp_path / 'png'), '--class', '3', '7', '--balanced'])
+    sample.main(
+        [
+            *arguments,
+            '--npz',
+            str(tmp_path / 'a.npz'),
+            '--png',
+            str(tmp_path / 'png'),
+            '--class',
+            '3',
+            '7',
+            '--balanced',
+        ]
+    )
     with np.load(tmp_path / 'a.npz') as file:
         images, labels, settings = file['arr_0'], file['arr_1'], json.loads(str(file['settings']))
     assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 3) and labels.tolist() == [3, 7, 3, 7, 3]
@@ -285,7 +330,9 @@ def test_npz_png_and_grid(checkpoint, tmp_path):
     for i in range(5):
         assert np.array_equal(np.asarray(Image.open(tmp_path / 'png' / f'{i:06d}.png')), images[i])
     net, cfg = model.load_net(path)
-    again = data.to_uint8(sample.generate(net, cfg, 4, range(5), labels.tolist(), 3)).permute(0, 2, 3, 1).numpy()
+    again = (
+        data.to_uint8(sample.generate(net, cfg, 4, range(5), labels.tolist(), 3)).permute(0, 2, 3, 1).numpy()
+    )
     assert abs(again.astype(int) - images).max() <= 1
     assert Image.open(tmp_path / 'x-samples.png').size[0] > 5 * 64
     assert not list(tmp_path.glob('*partial*')) + list(tmp_path.glob('*tmp*'))
@@ -299,7 +346,17 @@ def test_labels_at_random_are_said_to_be(checkpoint, tmp_path):
 
 
 def test_unconditional_and_latent_checkpoints(checkpoint, tmp_path):
-    sample.main([str(checkpoint(classes=0, class_names=[])), '--n', '2', '--steps', '2', '--out', str(tmp_path / 'u.png')])
+    sample.main(
+        [
+            str(checkpoint(classes=0, class_names=[])),
+            '--n',
+            '2',
+            '--steps',
+            '2',
+            '--out',
+            str(tmp_path / 'u.png'),
+        ]
+    )
     sample.main([str(checkpoint(channels=4)), '--n', '2', '--steps', '2', '--out', str(tmp_path / 'l.png')])
     assert (tmp_path / 'u.png').exists() and (tmp_path / 'l.png').exists()
 
@@ -314,34 +371,46 @@ def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ['x.pt']
 
 
-@pytest.mark.parametrize('argv, words', [
-    (['x.pt', '--steps', '1'], 'at least 2 steps'),
-    (['x.pt', '--n', '0'], 'at least 1'),
-    (['x.pt', '--class', '10'], 'classes 0 to 9'),
-    (['u.pt', '--class', '1'], 'knows no classes'),
-    (['u.pt', '--cfg', '2'], 'needs classes'),
-    (['x.pt', '--cfg-power', '4'], 'type its weight'),
-    (['x.pt', '--cfg', '3', '--cfg-interval', '2', '1'], 'a low and a high'),
-    (['x.pt', '--cfg', '3', '--cfg-interval', '1', '2', '--cfg-power', '4'], 'not allowed with'),
-    (['x.pt', '--inpaint', 'photo.png'], 'go together'),
-    (['x.pt', '--fill-steps', '1'], 'is for --inpaint'),
-    (['x.pt', '--inpaint', 'photo.png', '--mask', 'mask.png', '--fill-steps', '1'], 'with mdt or maskdit'),
-    (['x.pt', '--inpaint', 'file', '--mask', 'mask.png'], 'cannot be read'),
-    (['x.pt', '--inpaint', 'photo.png', '--mask', 'black.png'], 'all black'),
-    (['d.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'needs a checkpoint of mdt, maskdit or mcdit'),
-    (['t.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'mcdit, tuned'),
-    (['l.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'latents as an .npy'),
-    (['l.pt', '--npz', 'a.npz'], 'latents of 4 channels'),
-    (['x.pt', '--npz', 'there.npz'], 'exists already'),
-    (['x.pt', '--png', 'full'], 'not empty'),
-    (['x.pt', '--n', '1', '--steps', '2', '--npz', 'file/a.npz'], 'cannot write'),
-    (['x.pt', '--n', '1', '--steps', '2', '--out', 'file/a.png'], 'cannot write'),
-    (['x.pt', '--n', '1', '--steps', '2', '--png', 'file/png'], 'cannot write'),
-    (['none.pt'], 'no checkpoint'),
-    (['there.npz'], 'not a checkpoint'),
-    (['x.pt', '--precision', 'fp8'], 'invalid choice'),
-    (['x.pt', '--step', '3'], 'unrecognized arguments')])
-def test_refusals_exit_with_2_and_write_nothing(argv, words, checkpoint, photo, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['x.pt', '--steps', '1'], 'at least 2 steps'),
+        (['x.pt', '--n', '0'], 'at least 1'),
+        (['x.pt', '--class', '10'], 'classes 0 to 9'),
+        (['u.pt', '--class', '1'], 'knows no classes'),
+        (['u.pt', '--cfg', '2'], 'needs classes'),
+        (['x.pt', '--cfg-power', '4'], 'type its weight'),
+        (['x.pt', '--cfg', '3', '--cfg-interval', '2', '1'], 'a low and a high'),
+        (['x.pt', '--cfg', '3', '--cfg-interval', '1', '2', '--cfg-power', '4'], 'not allowed with'),
+        (['x.pt', '--inpaint', 'photo.png'], 'go together'),
+        (['x.pt', '--fill-steps', '1'], 'is for --inpaint'),
+        (
+            ['x.pt', '--inpaint', 'photo.png', '--mask', 'mask.png', '--fill-steps', '1'],
+            'with mdt or maskdit',
+        ),
+        (['x.pt', '--inpaint', 'file', '--mask', 'mask.png'], 'cannot be read'),
+        (['x.pt', '--inpaint', 'photo.png', '--mask', 'black.png'], 'all black'),
+        (
+            ['d.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'],
+            'needs a checkpoint of mdt, maskdit or mcdit',
+        ),
+        (['t.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'mcdit, tuned'),
+        (['l.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'latents as an .npy'),
+        (['l.pt', '--npz', 'a.npz'], 'latents of 4 channels'),
+        (['x.pt', '--npz', 'there.npz'], 'exists already'),
+        (['x.pt', '--png', 'full'], 'not empty'),
+        (['x.pt', '--n', '1', '--steps', '2', '--npz', 'file/a.npz'], 'cannot write'),
+        (['x.pt', '--n', '1', '--steps', '2', '--out', 'file/a.png'], 'cannot write'),
+        (['x.pt', '--n', '1', '--steps', '2', '--png', 'file/png'], 'cannot write'),
+        (['none.pt'], 'no checkpoint'),
+        (['there.npz'], 'not a checkpoint'),
+        (['x.pt', '--precision', 'fp8'], 'invalid choice'),
+        (['x.pt', '--step', '3'], 'unrecognized arguments'),
+    ],
+)
+def test_refusals_exit_with_2_and_write_nothing(
+    argv, words, checkpoint, photo, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     checkpoint('x.pt')
     checkpoint('u.pt', classes=0, class_names=[])

@@ -1,4 +1,4 @@
-"""train.py and finetune.py: what a run writes, resuming, several processes, refusals, and the README's commands."""
+"""train.py and finetune.py: what a run writes, resuming, several processes, and refusals."""
 
 import json
 import os
@@ -49,14 +49,34 @@ def same(a, b):
 
 # ------------------------------------------------------------------------------------------- what is written
 
+
 @pytest.mark.parametrize('method', model.METHODS)
 def test_a_run_writes_checkpoints_log_and_pictures(shapes, tmp_path, capsys, method):
     out = tmp_path / 'out'
-    path = run(shapes, out, '--method', method, '--steps', '4', '--save-every', '1', '--eval-every', '2', '--preview', '3',
-               '--export', str(tmp_path / 'ema.pt'))
+    path = run(
+        shapes,
+        out,
+        '--method',
+        method,
+        '--steps',
+        '4',
+        '--save-every',
+        '1',
+        '--eval-every',
+        '2',
+        '--preview',
+        '3',
+        '--export',
+        str(tmp_path / 'ema.pt'),
+    )
     assert path == out / '0000004.pt'
     assert sorted(file.name for file in out.iterdir()) == [
-        '0000003.pt', '0000004.pt', 'log.jsonl', 'samples-0000002.png', 'samples-0000004.png']
+        '0000003.pt',
+        '0000004.pt',
+        'log.jsonl',
+        'samples-0000002.png',
+        'samples-0000004.png',
+    ]
     state = model.read_checkpoint(path)
     assert state.keys() == {'model', 'ema', 'teacher', 'opt', 'step', 'config'} and state['step'] == 4
     assert (state['teacher'] is not None) == (method in ('sddit', 'mcdit'))
@@ -70,7 +90,11 @@ def test_a_run_writes_checkpoints_log_and_pictures(shapes, tmp_path, capsys, met
     assert [line['step'] for line in lines(out)] == [1, 2, 3, 4]
     assert [line['step'] for line in lines(out, 'held_out')] == [2, 4]
     for line in lines(out, 'held_out'):
-        assert len(line['held_out']) == 8 and line['sigma'][0] == pytest.approx(0.02) and line['sigma'][-1] == pytest.approx(20)
+        assert (
+            len(line['held_out']) == 8
+            and line['sigma'][0] == pytest.approx(0.02)
+            and line['sigma'][-1] == pytest.approx(20)
+        )
         assert ('collapse_encoder' in line) == ('collapse_patches' in line) == (method == 'mcdit')
     assert 'images/s' in told and 'left' in told
 
@@ -95,7 +119,9 @@ def test_held_out_loss_is_the_inference_paths(shapes, tmp_path):
     for j, (sigma, loss) in enumerate(zip(train.EVAL_SIGMAS, lines(tmp_path, 'held_out')[-1]['held_out'])):
         n = torch.randn(4, 3, 8, 8, generator=model.generator('cpu', 0, 'held-out', j))
         D = model.denoise(net, x + sigma * n, torch.full((4,), sigma), y, cfg)
-        assert loss == pytest.approx(((sigma ** 2 + 0.25) / (sigma * 0.5) ** 2 * (D - x) ** 2).mean().item(), rel=1e-5)
+        assert loss == pytest.approx(
+            ((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (D - x) ** 2).mean().item(), rel=1e-5
+        )
 
 
 def test_learning_rate_falls_to_zero_over_the_last_part(shapes, tmp_path):
@@ -131,9 +157,21 @@ def test_moments_and_no_classes(moments, tmp_path):
     assert cfg['classes'] == 0 and cfg['channels'] == 4 and cfg['kind'] == 'moments'
 
 
-@pytest.mark.parametrize('argv', [['--lambda-noise', '0'], ['--lambda-con1', '0'], ['--lambda-con2', '0'], ['--all-clean'],
-                                  ['--tokens', 'noisy'], ['--tokens', 'clean'], ['--teacher-encoder'],
-                                  ['--mask-ratio', '0.75'], ['--sigma-data', '0.8']], ids=lambda argv: argv[0][2:])
+@pytest.mark.parametrize(
+    'argv',
+    [
+        ['--lambda-noise', '0'],
+        ['--lambda-con1', '0'],
+        ['--lambda-con2', '0'],
+        ['--all-clean'],
+        ['--tokens', 'noisy'],
+        ['--tokens', 'clean'],
+        ['--teacher-encoder'],
+        ['--mask-ratio', '0.75'],
+        ['--sigma-data', '0.8'],
+    ],
+    ids=lambda argv: argv[0][2:],
+)
 def test_every_ablation_runs_and_changes_the_numbers(shapes, tmp_path, argv):
     losses = {}
     for name, extra in (('plain', []), ('ablated', argv)):
@@ -143,6 +181,7 @@ def test_every_ablation_runs_and_changes_the_numbers(shapes, tmp_path, argv):
 
 
 # --------------------------------------------------------------------------------------------------- resume
+
 
 class Killed(Exception):
     pass
@@ -157,6 +196,7 @@ def kill_after(monkeypatch, step):
         if state['step'] == step:
             monkeypatch.setattr(train, 'save', save)
             raise Killed
+
     monkeypatch.setattr(train, 'save', save_and_die)
 
 
@@ -171,7 +211,9 @@ def test_resumed_is_bit_equal_to_uninterrupted(shapes, tmp_path, method, capsys,
     assert 'resumes' in capsys.readouterr().out
     assert same(*(model.read_checkpoint(tmp_path / name / '0000005.pt') for name in ('whole', 'parts')))
     assert [line['step'] for line in lines(tmp_path / 'parts')] == [1, 2, 3, 4, 5]
-    assert [line['loss'] for line in lines(tmp_path / 'parts')] == [line['loss'] for line in lines(tmp_path / 'whole')]
+    assert [line['loss'] for line in lines(tmp_path / 'parts')] == [
+        line['loss'] for line in lines(tmp_path / 'whole')
+    ]
 
 
 def test_a_run_may_be_prolonged_unless_a_schedule_depends_on_its_length(shapes, tmp_path):
@@ -209,7 +251,9 @@ def test_a_damaged_checkpoint_is_passed_over(shapes, tmp_path, capsys):
 
 def test_a_full_disk_leaves_the_checkpoint_before(shapes, tmp_path, monkeypatch):
     """Nothing may grow beyond a few bytes once the first checkpoint is written."""
-    monkeypatch.setattr(train.os, 'fsync', lambda file: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard)))
+    monkeypatch.setattr(
+        train.os, 'fsync', lambda file: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(model.BadInput, match='cannot write .*0000002.pt: File too large'):
@@ -223,6 +267,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(shapes, tmp_path, monkeypatch)
 def test_a_failed_picture_does_not_end_a_run(shapes, tmp_path, monkeypatch, capsys):
     def full(*args, **kwargs):
         raise OSError(28, 'No space left on device')
+
     monkeypatch.setattr(data, 'save_grid', full)
     run(shapes, tmp_path, '--steps', '1', '--preview', '2')
     assert 'no picture at step 1: [Errno 28] No space left' in capsys.readouterr().out
@@ -230,6 +275,7 @@ def test_a_failed_picture_does_not_end_a_run(shapes, tmp_path, monkeypatch, caps
 
 
 # -------------------------------------------------------------------------------------------------- tuning
+
 
 @pytest.mark.parametrize('method', model.METHODS)
 def test_tuning(shapes, tmp_path, method, capsys):
@@ -239,7 +285,7 @@ def test_tuning(shapes, tmp_path, method, capsys):
     state = model.read_checkpoint(tuned)
     assert state['teacher'] is None and state['config']['ema_step'] == 3
     assert not any(name.startswith(model.TRAINING_ONLY) for name in state['model'])
-    assert all(entry['step'] == 2 for entry in state['opt']['state'].values())               # fresh, not continued
+    assert all(entry['step'] == 2 for entry in state['opt']['state'].values())  # fresh, not continued
     before, after = lines(tmp_path / 'tuned', 'held_out')
     assert before['step'] == 0 and after['step'] == 2
     # before tuning it is the network that training left, on the same noise but for the seed
@@ -273,15 +319,33 @@ def test_two_fresh_starts_of_tuning_differ_from_training_in_noise_and_order(shap
 
 # --------------------------------------------------------------------------------------- several processes
 
+
 def torchrun(*argv, processes=2, cwd=None):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}', *map(str, argv)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | {'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        f'--nproc_per_node={processes}',
+        *map(str, argv),
+    ]
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_two_processes_equal_one(shapes, moments, tmp_path):
-    """The same global batch: a loss curve equal to 1e-5 over 40 float32 steps, and replicas equal to the bit."""
+    """The same global batch: a loss curve equal to 1e-5 over 40 float32 steps, replicas equal to the bit."""
     steps = ['--steps', '40', '--lr', '1e-3', '--eval-every', '20', '--batch', '8']
-    commands = {method: ['train', *TINY, '--data', str(shapes), '--method', method, *steps] for method in model.METHODS}
+    commands = {
+        method: ['train', *TINY, '--data', str(shapes), '--method', method, *steps]
+        for method in model.METHODS
+    }
     commands['accumulated'] = [*commands['mcdit'], '--accumulate', '2']
     commands['moments'] = ['train', *TINY, '--data', str(moments), *steps, '--model', 'T/2', '--steps', '10']
     start = run(shapes, tmp_path / 'start', '--steps', '2')
@@ -295,9 +359,14 @@ def test_two_processes_equal_one(shapes, moments, tmp_path):
             one, two = ([line[key] for line in lines(tmp_path / count / name)] for count in ('one', 'two'))
             assert len(one) == (10 if name == 'moments' else 40)
             assert two == pytest.approx(one, rel=1e-5 if key == 'loss' else 1e-3)
-        one, two = ([line['held_out'] for line in lines(tmp_path / count / name, 'held_out')] for count in ('one', 'two'))
+        one, two = (
+            [line['held_out'] for line in lines(tmp_path / count / name, 'held_out')]
+            for count in ('one', 'two')
+        )
         assert np.allclose(one, two, rtol=1e-4)
-    accumulated, plain = ([line['loss'] for line in lines(tmp_path / 'one' / name)] for name in ('accumulated', 'mcdit'))
+    accumulated, plain = (
+        [line['loss'] for line in lines(tmp_path / 'one' / name)] for name in ('accumulated', 'mcdit')
+    )
     assert accumulated == pytest.approx(plain, rel=1e-5)
     for spread, name in zip(json.loads((tmp_path / 'spread.json').read_text()), commands):
         assert spread['difference'] == 0
@@ -318,45 +387,56 @@ def test_two_processes_sample_the_same_images(shapes, tmp_path):
 
 def test_torchrun_makes_shapes_once_and_trains(tmp_path):
     """The bare command in an empty folder, by two processes: both ask for the data set at the same time."""
-    done = torchrun(ROOT / 'train.py', '--model', 'T/8', '--steps', '2', '--batch', '4', '--preview', '0', cwd=tmp_path)
+    done = torchrun(
+        ROOT / 'train.py', '--model', 'T/8', '--steps', '2', '--batch', '4', '--preview', '0', cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'shapes']
-    assert 'shapes: 19,600 images' in done.stdout and '2 x CPU' in done.stdout and '4 = 2 processes x 2 images x 1 accumulated' in done.stdout
+    assert (
+        'shapes: 19,600 images' in done.stdout
+        and '2 x CPU' in done.stdout
+        and '4 = 2 processes x 2 images x 1 accumulated' in done.stdout
+    )
 
 
 # ------------------------------------------------------------------------------------------------ refusals
 
-@pytest.mark.parametrize('argv, words', [
-    (['--data', 'nowhere'], 'no data folder nowhere'),
-    (['--data', 'broken'], 'truncated'),
-    (['--data', 'strange'], 'labels from 0 to 9'),
-    (['--model', 'T/3'], '--model T/3'),
-    (['--model', 'T/8', '--data', 'twelve'], 'do not divide'),
-    (['--batch', '7', '--accumulate', '2'], 'a multiple of 2'),
-    (['--batch', '0'], 'at least 1'),
-    (['--steps', '0'], 'at least 1'),
-    (['--lr', '0'], '--lr above 0'),
-    (['--lr-decay', '2'], 'between 0 and 1'),
-    (['--mask-ratio', '0'], '--mask-ratio 0.0'),
-    (['--mask-ratio', '1'], '--mask-ratio 1.0'),
-    (['--mask-ratio', '-0.5'], '--mask-ratio -0.5'),
-    (['--mask-ratio', '0.99'], 'none of the 4 tokens'),
-    (['--mask-ratio', 'half'], 'invalid float'),
-    (['--method', 'dit', '--mask-ratio', '0.5'], 'masks nothing'),
-    (['--method', 'maskdit', '--lambda-con1', '0.1'], 'means nothing to --method maskdit'),
-    (['--method', 'dit', '--all-clean'], 'means nothing to --method dit'),
-    (['--all-clean', '--lambda-noise', '0.1'], 'leave one out'),
-    (['--teacher-encoder', '--lambda-con1', '0', '--lambda-con2', '0'], 'without a branch'),
-    (['--lambda-con1', '-1'], 'at least 0'),
-    (['--sigma-data', '0'], '--sigma-data above 0'),
-    (['--classes', '5'], 'type 0 to ignore'),
-    (['--method', 'vae'], 'invalid choice'),
-    (['--tokens', 'none'], 'invalid choice'),
-    (['--mask', '0.5'], 'unrecognized arguments'),
-    (['--out', 'file/inside'], 'cannot write to file/inside'),
-    (['--export', 'file/x.pt'], 'which --out or --export names'),
-    (['--out', 'other'], "method was 'dit' and is now 'mcdit'"),
-    (['--out', 'text'], 'none of the 1 checkpoints')])
+
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['--data', 'nowhere'], 'no data folder nowhere'),
+        (['--data', 'broken'], 'truncated'),
+        (['--data', 'strange'], 'labels from 0 to 9'),
+        (['--model', 'T/3'], '--model T/3'),
+        (['--model', 'T/8', '--data', 'twelve'], 'do not divide'),
+        (['--batch', '7', '--accumulate', '2'], 'a multiple of 2'),
+        (['--batch', '0'], 'at least 1'),
+        (['--steps', '0'], 'at least 1'),
+        (['--lr', '0'], '--lr above 0'),
+        (['--lr-decay', '2'], 'between 0 and 1'),
+        (['--mask-ratio', '0'], '--mask-ratio 0.0'),
+        (['--mask-ratio', '1'], '--mask-ratio 1.0'),
+        (['--mask-ratio', '-0.5'], '--mask-ratio -0.5'),
+        (['--mask-ratio', '0.99'], 'none of the 4 tokens'),
+        (['--mask-ratio', 'half'], 'invalid float'),
+        (['--method', 'dit', '--mask-ratio', '0.5'], 'masks nothing'),
+        (['--method', 'maskdit', '--lambda-con1', '0.1'], 'means nothing to --method maskdit'),
+        (['--method', 'dit', '--all-clean'], 'means nothing to --method dit'),
+        (['--all-clean', '--lambda-noise', '0.1'], 'leave one out'),
+        (['--teacher-encoder', '--lambda-con1', '0', '--lambda-con2', '0'], 'without a branch'),
+        (['--lambda-con1', '-1'], 'at least 0'),
+        (['--sigma-data', '0'], '--sigma-data above 0'),
+        (['--classes', '5'], 'type 0 to ignore'),
+        (['--method', 'vae'], 'invalid choice'),
+        (['--tokens', 'none'], 'invalid choice'),
+        (['--mask', '0.5'], 'unrecognized arguments'),
+        (['--out', 'file/inside'], 'cannot write to file/inside'),
+        (['--export', 'file/x.pt'], 'which --out or --export names'),
+        (['--out', 'other'], "method was 'dit' and is now 'mcdit'"),
+        (['--out', 'text'], 'none of the 1 checkpoints'),
+    ],
+)
 def test_refusals_exit_with_2_and_write_nothing(argv, words, shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'file').write_text('')
@@ -379,15 +459,19 @@ def test_refusals_exit_with_2_and_write_nothing(argv, words, shapes, tmp_path, m
     assert {path: path.read_bytes() for path in sorted(tmp_path.rglob('*')) if path.is_file()} == before
 
 
-@pytest.mark.parametrize('argv, words', [
-    (['none.pt', '--out', 'tuned'], 'no checkpoint none.pt'),
-    (['cut.pt', '--out', 'tuned'], 'truncated'),
-    (['ema.pt', '--out', 'tuned'], 'EMA weights alone'),
-    (['out/0000001.pt', '--out', 'tuned', '--data', 'other'], 'give other --data'),
-    (['out/0000001.pt', '--out', 'tuned', '--data', 'nowhere'], 'no data folder'),
-    (['out/0000001.pt', '--out', 'out'], 'another configuration'),
-    (['out/0000001.pt'], 'required: --out'),
-    (['out/0000001.pt', '--out', 'tuned', '--mask-ratio', '0.5'], 'unrecognized arguments')])
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['none.pt', '--out', 'tuned'], 'no checkpoint none.pt'),
+        (['cut.pt', '--out', 'tuned'], 'truncated'),
+        (['ema.pt', '--out', 'tuned'], 'EMA weights alone'),
+        (['out/0000001.pt', '--out', 'tuned', '--data', 'other'], 'give other --data'),
+        (['out/0000001.pt', '--out', 'tuned', '--data', 'nowhere'], 'no data folder'),
+        (['out/0000001.pt', '--out', 'out'], 'another configuration'),
+        (['out/0000001.pt'], 'required: --out'),
+        (['out/0000001.pt', '--out', 'tuned', '--mask-ratio', '0.5'], 'unrecognized arguments'),
+    ],
+)
 def test_tuning_refusals(argv, words, shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data.make_shapes('other', size=16, count=50)

@@ -2,8 +2,8 @@
 
     torchrun --standalone --nproc_per_node 2 tests/worker.py '[["train", "--method", "dit", ...], ...]' FILE
 
-FILE gets a JSON list: for each command the largest difference between any two processes' weights, of the network
-and of its shadows.
+FILE gets a JSON list: for each command the largest difference between any two processes' weights, of the
+network and of its shadows.
 """
 
 import json
@@ -14,12 +14,12 @@ import sys
 os.environ['OMP_NUM_THREADS'] = '1'
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import torch                                                                  # noqa: E402
-import torch.distributed as dist                                              # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
-import finetune                                                               # noqa: E402
-import model                                                                  # noqa: E402
-import train                                                                  # noqa: E402
+import finetune  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
 
 torch.set_num_threads(1)
 spread, modules = [], {}
