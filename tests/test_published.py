@@ -321,7 +321,7 @@ def test_tuning_official_weights_needs_data(loaded, tmp_path):
 
 
 def test_our_maskdit_under_official_names(tmp_path):
-    """Exported, it has MaskDiT's names and shapes; their network makes of it what ours does, null label too."""
+    """Exported, it has MaskDiT's names and shapes; their network gives what ours gives, null label too"""
     cfg = train.configuration(train.parse(['--method', 'maskdit', '--model', 'S/2']), FakeData())
     net = model.Net(cfg)
     rng = torch.Generator().manual_seed(0)

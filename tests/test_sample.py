@@ -258,7 +258,7 @@ def test_mdt_fills_first_and_then_goes_on_as_usual(method, fill_steps):
 
 
 def test_mcdit_turns_the_roles():
-    """Unknown tokens are the visible noisy ones, known ones the clean fill x0 / sd; nothing is noised again."""
+    """Unknown tokens are the visible noisy ones, known ones the clean fill; nothing is noised again."""
     cfg, x0, known, noise, t, seen, end = looks('mcdit', 1)
     for sigma, scaled, visible, patches in seen:
         assert visible.tolist() == [(~known).nonzero().flatten().tolist()] * 2
