@@ -138,7 +138,8 @@ def save_folder(out, rows, dtype, shape, meta, seed):
     """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
 
     The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of
-    several processes that make the same folder at once, the first wins. Returns the number of rows.
+    several processes that make the same folder at once, the first wins. Of pixels, the mean and the standard
+    deviation of each channel, on the scale of the network's input, go into meta.json. Returns what is there.
     """
     out = pathlib.Path(out)
     partial = out.parent / f'.{out.name}.partial{os.getpid()}'
@@ -156,12 +157,19 @@ def save_folder(out, rows, dtype, shape, meta, seed):
             file.seek(0)
             write_header()                                                  # numpy pads for this: same length
         np.save(partial / 'labels.npy', np.array(labels, np.int64))
-        (partial / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
+        meta = meta | {'count': len(labels)}
         if labels and dtype == 'uint8':
             data = np.load(partial / 'data.npy', mmap_mode='r')
+            sums = np.zeros((2, shape[0]))
+            for at in range(0, len(data), 100):
+                x = data[at:at + 100] / 127.5 - 1
+                sums += x.sum((0, 2, 3)), (x ** 2).sum((0, 2, 3))
+            mean, square = sums / data[:, 0].size
+            meta |= {'mean': mean.tolist(), 'std': np.sqrt(square - mean ** 2).tolist()}
             some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
             names = meta.get('class_names') or ['']
             save_grid(partial / 'preview.png', data[some], [names[labels[i]] for i in some], columns=10)
+        (partial / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
         try:
             os.rename(partial, out)
         except OSError:
@@ -171,7 +179,7 @@ def save_folder(out, rows, dtype, shape, meta, seed):
         raise BadInput(f'cannot write the data folder {out}: {error.strerror or error}') from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return len(labels)
+    return meta
 
 
 def to_uint8(x):
@@ -268,7 +276,7 @@ def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
 
     meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES),
             'source': f'shapes, seed {seed}'}
-    save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
+    return save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
 
 
 def default_data():
@@ -355,11 +363,17 @@ def make_folder(source, out, size, workers, seed=0):
 
     meta = {'kind': 'images', 'classes': len(names), 'source': f'folder, {size} pixels'}
     meta |= {'class_names': names} if names else {}
-    count = save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
+    meta = save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
     for path, reason in skipped:
         print(f'skipped {path}: {reason}')
-    print(f'{out}: {count} pictures of {size} x {size}, {len(names) or "no"} classes, '
+    print(f'{out}: {meta["count"]} pictures of {size} x {size}, {len(names) or "no"} classes, '
           f'{len(skipped)} skipped; a look at them: {out}/preview.png')
+    tell_deviation(meta)
+
+
+def tell_deviation(meta):
+    print('standard deviation of the channels: ' + ', '.join(f'{std:.3f}' for std in meta['std'])
+          + ' (train.py takes 0.5, unless --sigma-data says another)')
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -383,9 +397,10 @@ def main(argv=None):
     if os.path.exists(args.out):
         raise BadInput(f'{args.out} exists already: remove it, or choose another --out')
     if args.what == 'shapes':
-        make_shapes(args.out, args.size, args.n, args.seed)
+        meta = make_shapes(args.out, args.size, args.n, args.seed)
         print(f'{args.out}: {args.n} pictures of {args.size} x {args.size}, {len(SHAPES)} classes; '
               f'a look at them: {args.out}/preview.png')
+        tell_deviation(meta)
     else:
         make_folder(args.source, args.out, args.size, args.workers)
 

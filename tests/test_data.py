@@ -297,7 +297,7 @@ def test_folder(tree, tmp_path, capsys):
     out = tmp_path / 'made'
     data.main(['folder', str(tree), '--out', str(out), '--size', '16', '--workers', '2'])
     told = capsys.readouterr().out
-    assert '9 pictures' in told and '3 skipped' in told
+    assert '9 pictures' in told and '3 skipped' in told and 'standard deviation of the channels: 0.' in told
     for name in ('empty.png', 'half.jpg', 'stray.png'):
         assert f'{name}: ' in told
     dataset = data.Data(out)
