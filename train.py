@@ -305,9 +305,10 @@ def train(args, cfg, dataset, start=None):
 
     # resume: process 0 chooses the checkpoint, so that all take the same
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for folder in [out] + ([pathlib.Path(args.export).parent] if args.export else []):
-            tempfile.TemporaryFile(dir=folder).close()                        # found out now, not after days
+        if args.export:
+            tempfile.TemporaryFile(dir=pathlib.Path(args.export).parent).close()          # found out now, not
+        out.mkdir(parents=True, exist_ok=True)                                            # after days
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise BadInput(f'cannot write to {error.filename}, which --out or --export names: '
                        f'{error.strerror}') from None

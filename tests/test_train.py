@@ -402,6 +402,27 @@ def test_torchrun_makes_shapes_once_and_trains(tmp_path):
 # ------------------------------------------------------------------------------------------------ refusals
 
 
+@pytest.fixture(scope='module')
+def desk(shapes, tmp_path_factory):
+    """A folder of good and bad things, on which a refused command must leave no trace."""
+    desk = tmp_path_factory.mktemp('desk')
+    (desk / 'file').write_text('')
+    for name, size in (('broken', 8), ('strange', 8), ('twelve', 12), ('large', 16)):
+        data.make_shapes(desk / name, size=size, count=50)
+    (desk / 'broken' / 'data.npy').write_bytes((desk / 'broken' / 'data.npy').read_bytes()[:-1])
+    np.save(desk / 'strange' / 'labels.npy', np.full(50, 10))
+    path = run(shapes, desk / 'other', '--method', 'dit', '--steps', '1', '--export', str(desk / 'ema.pt'))
+    (desk / 'cut.pt').write_bytes(path.read_bytes()[:5000])
+    (desk / 'text').mkdir()
+    (desk / 'text' / '0000001.pt').write_text('not a checkpoint')
+    (desk / 'text' / 'log.jsonl').write_text('')
+    return desk
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
+
+
 @pytest.mark.parametrize(
     'argv, words',
     [
@@ -427,7 +448,7 @@ def test_torchrun_makes_shapes_once_and_trains(tmp_path):
         (['--teacher-encoder', '--lambda-con1', '0', '--lambda-con2', '0'], 'without a branch'),
         (['--lambda-con1', '-1'], 'at least 0'),
         (['--sigma-data', '0'], '--sigma-data above 0'),
-        (['--classes', '5'], 'type 0 to ignore'),
+        (['--classes', '5'], '0 ignores them'),
         (['--method', 'vae'], 'invalid choice'),
         (['--tokens', 'none'], 'invalid choice'),
         (['--mask', '0.5'], 'unrecognized arguments'),
@@ -437,26 +458,16 @@ def test_torchrun_makes_shapes_once_and_trains(tmp_path):
         (['--out', 'text'], 'none of the 1 checkpoints'),
     ],
 )
-def test_refusals_exit_with_2_and_write_nothing(argv, words, shapes, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'file').write_text('')
-    for name in ('broken', 'strange', 'twelve'):
-        data.make_shapes(name, size=12 if name == 'twelve' else 8, count=50)
-    (tmp_path / 'broken' / 'data.npy').write_bytes((tmp_path / 'broken' / 'data.npy').read_bytes()[:-1])
-    np.save(tmp_path / 'strange' / 'labels.npy', np.full(50, 10))
-    run(shapes, 'other', '--method', 'dit', '--steps', '1')
-    (tmp_path / 'text').mkdir()
-    (tmp_path / 'text' / '0000001.pt').write_text('not a checkpoint')
-    (tmp_path / 'text' / 'log.jsonl').write_text('')
-    capsys.readouterr()
-    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob('*')) if path.is_file()}
+def test_refusals_exit_with_2_and_write_nothing(argv, words, shapes, desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    before = contents(desk)
     flags = ['--out', 'out'] if '--out' not in argv else []
     monkeypatch.setattr('sys.argv', ['train.py', *TINY, '--steps', '1', '--data', str(shapes), *flags, *argv])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(train.__file__, run_name='__main__')
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and 'Traceback' not in error
-    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob('*')) if path.is_file()} == before
+    assert contents(desk) == before
 
 
 @pytest.mark.parametrize(
@@ -465,22 +476,19 @@ def test_refusals_exit_with_2_and_write_nothing(argv, words, shapes, tmp_path, m
         (['none.pt', '--out', 'tuned'], 'no checkpoint none.pt'),
         (['cut.pt', '--out', 'tuned'], 'truncated'),
         (['ema.pt', '--out', 'tuned'], 'EMA weights alone'),
-        (['out/0000001.pt', '--out', 'tuned', '--data', 'other'], 'give other --data'),
-        (['out/0000001.pt', '--out', 'tuned', '--data', 'nowhere'], 'no data folder'),
-        (['out/0000001.pt', '--out', 'out'], 'another configuration'),
-        (['out/0000001.pt'], 'required: --out'),
-        (['out/0000001.pt', '--out', 'tuned', '--mask-ratio', '0.5'], 'unrecognized arguments'),
+        (['other/0000001.pt', '--out', 'tuned', '--data', 'large'], 'give other --data'),
+        (['other/0000001.pt', '--out', 'tuned', '--data', 'nowhere'], 'no data folder'),
+        (['other/0000001.pt', '--out', 'other'], 'another configuration'),
+        (['other/0000001.pt'], 'required: --out'),
+        (['other/0000001.pt', '--out', 'tuned', '--mask-ratio', '0.5'], 'unrecognized arguments'),
     ],
 )
-def test_tuning_refusals(argv, words, shapes, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    data.make_shapes('other', size=16, count=50)
-    path = run(shapes, 'out', '--steps', '1', '--export', 'ema.pt')
-    pathlib.Path('cut.pt').write_bytes(path.read_bytes()[:5000])
-    before = {file: file.read_bytes() for file in sorted(tmp_path.rglob('*')) if file.is_file()}
+def test_tuning_refusals(argv, words, desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    before = contents(desk)
     monkeypatch.setattr('sys.argv', ['finetune.py', *argv, *TINY[2:], '--steps', '1'])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(finetune.__file__, run_name='__main__')
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and 'Traceback' not in error
-    assert {file: file.read_bytes() for file in sorted(tmp_path.rglob('*')) if file.is_file()} == before
+    assert contents(desk) == before
