@@ -1,9 +1,9 @@
 """How far from real? FID, sFID, Inception Score, precision and recall, as ADM's evaluation computes them.
 
-    python fid.py VIRTUAL_imagenet256_labeled.npz out/50k.npz        # ADM's reference, samples of sample.py --npz
-    python fid.py data out/png --pr exact --json                     # a data folder, a folder of PNG; one line of JSON
-    python fid.py data --save-stats data-stats.npz                   # compute a reference once, use it as REF later
-    torchrun --nproc_per_node 2 fid.py REF SAMPLES                   # the same numbers; on CPUs one process a core
+    python fid.py VIRTUAL_imagenet256_labeled.npz out/50k.npz   # ADM's reference, samples of sample.py --npz
+    python fid.py data out/png --pr exact --json              # a data folder, a folder of PNG; a line of JSON
+    python fid.py data --save-stats data-stats.npz             # prepare a reference once, use it as REF later
+    torchrun --nproc_per_node 2 fid.py REF SAMPLES              # the same numbers; on CPUs one process a core
 
 The first prints, with the numbers of the files at hand in place of the dots,
 
@@ -17,15 +17,15 @@ The first prints, with the numbers of the files at hand in place of the dots,
     precision         ...      k = 3, float16 distances as ADM's
     recall            ...
 
-REF and SAMPLES are each an .npz with `arr_0` uint8 (n, H, W, 3), or with statistics (mu, sigma and, for sFID, mu_s,
-sigma_s), or with both; a folder of PNG or JPEG files, read in order of their names; or a data folder of `data.py`
-with images. Stored statistics stand for their side in FID and sFID, the images beside them serve precision and
-recall. What the given files do not allow is left out and named. Numbers to set beside a published table need its
-REF, 50,000 samples, and `--pr adm`, the default.
+REF and SAMPLES are each an .npz with `arr_0` uint8 (n, H, W, 3), or with statistics (mu, sigma and, for sFID,
+mu_s, sigma_s), or with both; a folder of PNG or JPEG files, read in order of their names; or a data folder of
+`data.py` with images. Stored statistics stand for their side in FID and sFID, the images beside them serve
+precision and recall. What the given files do not allow is left out and named. Numbers to set beside a
+published table need its REF, 50,000 samples, and `--pr adm`, the default.
 
-References: FID, Heusel et al. 2017; sFID, Nash et al. 2021; Inception Score, Salimans et al. 2016; precision and
-recall, Kynkaanniemi et al. 2019; the protocol, ADM (Dhariwal & Nichol 2021), whose TensorFlow program is meant by
-"ADM" below.
+References: FID, Heusel et al. 2017; sFID, Nash et al. 2021; Inception Score, Salimans et al. 2016; precision
+and recall, Kynkaanniemi et al. 2019; the protocol, ADM (Dhariwal & Nichol 2021), whose TensorFlow program is
+meant by "ADM" below.
 
 Letters: n images    B a batch    H, W height, width    D dimensions: 2048 pooled, 17 x 17 x 7 = 2023 spatial
 """
@@ -70,14 +70,14 @@ SIZE = 299                                    # pixels a side that the network s
 def resize(x):
     """float32 (B, H, W, C) -> (B, 299, 299, C), bit for bit TensorFlow 1's ResizeBilinear.
 
-    Pixel i of the result lies at i * H / 299 of the input: no half-pixel centres, nothing smoothed when shrinking.
+    Pixel i of the result lies at i H / 299 of the input: no half-pixel centres, no smoothing when shrinking.
     """
     def neighbours(length):
         at = torch.arange(SIZE, dtype=torch.float32) * (torch.tensor(length, dtype=torch.float32) / SIZE)
         low, high = at.floor().long(), at.ceil().long().clamp(max=length - 1)
         return low.to(x.device), high.to(x.device), (at - at.floor()).to(x.device)[:, None]
 
-    low, high, share = neighbours(x.shape[2])                                 # along a row first, as the kernel does
+    low, high, share = neighbours(x.shape[2])                                 # rows first, as the kernel
     x = x[:, :, low] + (x[:, :, high] - x[:, :, low]) * share                 # (B, H, 299, C)
     low, high, share = neighbours(x.shape[1])
     return x[:, low] + (x[:, high] - x[:, low]) * share[:, None]              # (B, 299, 299, C)
@@ -91,9 +91,9 @@ def preprocess(images, device='cpu'):
 
 # ------------------------------------------------------------------------------------------------- network
 #
-# Inception as released in December 2015. From the usual Inception-v3 it departs in four pools: the averages of
-# blocks A, C and the first E leave the padding out of the count, and the last E takes a maximum. It also has
-# 1008 outputs, of which 8 mean nothing, and here no auxiliary classifier. Names are those of the weight file.
+# Inception as released in December 2015. From the usual Inception-v3 it departs in four pools: the averages
+# of blocks A, C and the first E leave the padding out of the count, and the last E takes a maximum. It also
+# has 1008 outputs, of which 8 mean nothing. Names are those of the weight file.
 
 class Conv(nn.Module):
     """Convolution, batch norm with its stored statistics, ReLU."""
@@ -111,7 +111,7 @@ def average(x, **kwargs):
     return functional.avg_pool2d(x, 3, stride=1, padding=1, **kwargs)
 
 
-class A(nn.Module):                                                           # 35 x 35: n -> 224 + pool channels
+class A(nn.Module):                                                        # 35 x 35: n -> 224 + pool channels
     def __init__(self, n, pool):
         super().__init__()
         self.branch1x1 = Conv(n, 64, 1)
@@ -127,10 +127,10 @@ class A(nn.Module):                                                           # 
             self.branch1x1(x),
             self.branch5x5_2(self.branch5x5_1(x)),
             self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-            self.branch_pool(average(x, count_include_pad=False))], 1)        # departure 1: padding not counted
+            self.branch_pool(average(x, count_include_pad=False))], 1)      # departure 1: padding not counted
 
 
-class B(nn.Module):                                                           # 35 x 35 -> 17 x 17: n -> 480 + n
+class B(nn.Module):                                                         # 35 x 35 -> 17 x 17: n -> 480 + n
     def __init__(self, n):
         super().__init__()
         self.branch3x3 = Conv(n, 384, 3, stride=2)
@@ -163,10 +163,10 @@ class C(nn.Module):                                                           # 
     def forward(self, x):
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         return torch.cat([
-            self.branch1x1(x),                                                # channels 0 to 191: sFID reads 7 of them
+            self.branch1x1(x),                                           # first: sFID reads 7 of its channels
             self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
             self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
-            self.branch_pool(average(x, count_include_pad=False))], 1)        # departure 2: padding not counted
+            self.branch_pool(average(x, count_include_pad=False))], 1)      # departure 2: padding not counted
 
 
 class D(nn.Module):                                                           # 17 x 17 -> 8 x 8: 768 -> 1280
@@ -203,9 +203,9 @@ class E(nn.Module):                                                           # 
     def forward(self, x):
         single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         if self.last:
-            pooled = functional.max_pool2d(x, 3, stride=1, padding=1)         # departure 4: a maximum, in Mixed_7c
+            pooled = functional.max_pool2d(x, 3, stride=1, padding=1)    # departure 4: a maximum, in Mixed_7c
         else:
-            pooled = average(x, count_include_pad=False)                      # departure 3: padding not counted
+            pooled = average(x, count_include_pad=False)                    # departure 3: padding not counted
         return torch.cat([
             self.branch1x1(x),
             self.branch3x3_2a(single), self.branch3x3_2b(single),
@@ -214,7 +214,7 @@ class E(nn.Module):                                                           # 
 
 
 class Inception(nn.Module):
-    """Preprocessed images -> pooled (B, 2048) and spatial (B, 2023) features. `logits` go on from the pooled."""
+    """Preprocessed images -> pooled (B, 2048) and spatial (B, 2023) features. `logits` start from pooled."""
 
     def __init__(self):
         super().__init__()
@@ -237,8 +237,8 @@ class Inception(nn.Module):
         x = functional.max_pool2d(x, 3, stride=2)                             # (B,  192,  35,  35)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                    # (B,  288,  35,  35)
         x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))                    # (B,  768,  17,  17)
-        x = self.Mixed_6d(x)                                                  # ADM's mixed_6/conv is its 1 x 1 branch
-        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)                     # (B, 2023), in the order h, w, channel
+        x = self.Mixed_6d(x)                                    # 7 channels of its 1 x 1 branch: mixed_6/conv
+        spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)              # (B, 2023), in the order h, w, channel
         x = self.Mixed_7a(self.Mixed_6e(x))                                   # (B, 1280,   8,   8)
         x = self.Mixed_7c(self.Mixed_7b(x))                                   # (B, 2048,   8,   8)
         return x.mean((2, 3)), spatial
@@ -258,8 +258,8 @@ SHA256, BYTES = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b
 def tf_names(names):
     """{TensorFlow's name: ours} for the names of `Inception().state_dict()`, in their order.
 
-    In a block a lone convolution is `conv`; longer branches and the pool's are `tower`, `tower_1`, ..., of `conv`,
-    `conv_1`, ...; a pair side by side, a and b, is `conv` and `conv_1` of a scope `mixed`.
+    In a block a lone convolution is `conv`; longer branches and the pool's are `tower`, `tower_1`, ... of
+    `conv`, `conv_1`, ...; a pair side by side, a and b, is `conv` and `conv_1` of a scope `mixed`.
     """
     def nth(word, i):
         return f'{word}_{i}' if i else word
@@ -268,22 +268,24 @@ def tf_names(names):
     scopes = {name: nth('conv', i) for i, name in enumerate(name for name in convs if '.' not in name)}
     blocks = itertools.groupby((name for name in convs if '.' in name), lambda name: name.split('.')[0])
     for i, (_, block) in enumerate(blocks):
-        branches = [list(branch) for _, branch in itertools.groupby(block, lambda name: name.rsplit('_', 1)[0])]
+        stems = itertools.groupby(block, lambda name: name.rsplit('_', 1)[0])
+        branches = [list(branch) for _, branch in stems]
         towers = [branch for branch in branches if len(branch) > 1 or branch[0].endswith('pool')]
         for branch in branches:
             tower = nth('tower', towers.index(branch)) + '/' if branch in towers else ''
-            row = [name for name in branch if name[-1] not in 'ab']
             pair = [name for name in branch if name[-1] in 'ab']
-            scopes |= {name: f'{nth("mixed", i)}/{tower}{nth("conv", j)}' for j, name in enumerate(row)}
-            scopes |= {name: f'{nth("mixed", i)}/{tower}mixed/{nth("conv", j)}' for j, name in enumerate(pair)}
+            for inner, row in (('', [name for name in branch if name not in pair]), ('mixed/', pair)):
+                scope = f'{nth("mixed", i)}/{tower}{inner}'
+                scopes |= {name: scope + nth('conv', j) for j, name in enumerate(row)}
     parts = {'conv.weight': 'conv2d_params', 'bn.weight': 'batchnorm/gamma', 'bn.bias': 'batchnorm/beta',
              'bn.running_mean': 'batchnorm/moving_mean', 'bn.running_var': 'batchnorm/moving_variance'}
-    found = {f'{scope}/{theirs}': f'{name}.{ours}' for name, scope in scopes.items() for ours, theirs in parts.items()}
+    pairs = itertools.product(scopes.items(), parts.items())
+    found = {f'{scope}/{theirs}': f'{name}.{ours}' for (name, scope), (ours, theirs) in pairs}
     return found | {'softmax/weights': 'fc.weight', 'softmax/biases': 'fc.bias'}
 
 
 def varint(message, at):
-    """Protobuf's integer: seven bits a byte, lowest first, the eighth says that more follow. (value, next place)"""
+    """(value, next place) of a protobuf integer: 7 bits a byte, lowest first, and 1 that says more follow."""
     value = 0
     for shift in range(0, 70, 7):
         value |= (message[at] & 127) << shift
@@ -312,8 +314,9 @@ def fields(message):
 def read_graph(graph, expected):
     """TensorFlow's GraphDef -> {our name: float32 tensor}. `expected` maps our names to their shapes.
 
-    GraphDef.node = 1; NodeDef.name = 1, .attr = 5, a map: key = 1, value = 2; AttrValue.tensor = 8; TensorProto
-    .dtype = 1, .tensor_shape = 2, .tensor_content = 4, .float_val = 5; TensorShapeProto.dim = 2; Dim.size = 1.
+    GraphDef.node = 1; NodeDef.name = 1, .attr = 5, a map: key = 1, value = 2; AttrValue.tensor = 8;
+    TensorProto.dtype = 1, .tensor_shape = 2, .tensor_content = 4, .float_val = 5; TensorShapeProto.dim = 2;
+    Dim.size = 1.
     """
     names, state = tf_names(expected), {}
     for number, node in fields(graph):
@@ -325,11 +328,11 @@ def read_graph(graph, expected):
             for number, value in fields(tensor):
                 parts[number].append(value)
             shape = tuple(dict(fields(dim)).get(1, 0) for number, dim in fields(parts[2][0]) if number == 2)
-            order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get(len(shape), ())   # height, width, in, out -> out, in, ...
+            order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get(len(shape), ())  # in, out go first
             turned = tuple(shape[i] for i in order)
             if parts[1] != [1]:
                 raise ValueError(f'{name} is not float32')
-            check_shape(name, turned, expected[name])                         # before anything of that size is made
+            check_shape(name, turned, expected[name])                       # before anything so large is made
             values = np.frombuffer(b''.join(parts[4] or parts[5]), '<f4')
             values = np.broadcast_to(values, math.prod(shape)) if len(values) == 1 else values
             state[name] = torch.from_numpy(values.reshape(shape).transpose(order).copy())
@@ -338,11 +341,9 @@ def read_graph(graph, expected):
 
 def check_shape(name, found, expected):
     if name.startswith('fc.') and found[:1] != expected[:1]:
-        raise BadInput(f'the weights know {found[0] if found else 0} classes, expected {expected[0]}: this is not the '
-                       f'2015 Inception')
+        raise BadInput(f'the weights know {found[0] if found else 0} classes, expected {expected[0]}')
     if tuple(found) != tuple(expected):
-        raise BadInput(f'the weights hold {name} of shape {tuple(found)}, expected {tuple(expected)}: this is not the '
-                       f'2015 Inception')
+        raise BadInput(f'the weights hold {name} of shape {tuple(found)}, expected {tuple(expected)}')
 
 
 def refuse_pretender(path, head):
@@ -354,18 +355,21 @@ def refuse_pretender(path, head):
 
 
 def load_weights(path, sha256=None):
-    """(Inception in evaluation mode, the file's SHA-256). `sha256` is what a file must have: by default a .pth that
-    of the published one. Of TensorFlow's .pb none is known, so it is read unchecked unless `sha256` is given."""
+    """(Inception in evaluation mode, the file's SHA-256).
+
+    `sha256` is what the file must have; by default a .pth that of the published one. None is known of
+    TensorFlow's .pb: its names, shapes and types are checked, its numbers only if `sha256` is given.
+    """
     try:
         content = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f'cannot read the weights {path}: {error.strerror}') from None
     refuse_pretender(path, content[:100])
-    graph = content[:1] == b'\n'                                              # GraphDef begins with field 1, bytes
+    graph = content[:1] == b'\n'                                         # GraphDef begins with field 1, bytes
     found, wanted = hashlib.sha256(content).hexdigest(), sha256 or (None if graph else SHA256)
     if wanted and found != wanted.lower():
-        raise BadInput(f'{path} has {len(content)} bytes and SHA-256 {found}, expected {wanted}: it is incomplete or '
-                       f'another file (the 2015 Inception is at {URL}; --sha256 accepts another on purpose)')
+        raise BadInput(f'{path} has {len(content)} bytes and SHA-256 {found}, expected {wanted}: it is '
+                       f'incomplete or another file (the 2015 Inception is at {URL})')
     net = Inception()
     expected = {name: value.shape for name, value in net.state_dict().items() if not name.endswith('tracked')}
     try:
@@ -379,14 +383,15 @@ def load_weights(path, sha256=None):
                        f'({type(error).__name__})') from None
     if state.keys() != expected.keys():
         odd = sorted(state.keys() ^ expected.keys())
-        raise BadInput(f'{path} is not the 2015 Inception: {len(odd)} tensors are missing or too many, one is {odd[0]}')
+        raise BadInput(f'{path} is not the 2015 Inception: {len(odd)} tensors are missing or too many, '
+                       f'one is {odd[0]}')
     for name, shape in expected.items():
         try:
             check_shape(name, tuple(state[name].shape), shape)
         except BadInput as mistake:
             raise BadInput(f'{path}: {mistake}') from None
-    net.load_state_dict(state, strict=False)                                  # a counter of steps may be absent
-    torch.backends.cudnn.conv.fp32_precision = 'ieee'                         # TF32, the default, moves FID by 1e-3
+    net.load_state_dict(state, strict=False)                                  # BN's counters may be absent
+    torch.backends.cudnn.conv.fp32_precision = 'ieee'                         # not TF32: that moves FID 1e-3
     torch.backends.cuda.matmul.fp32_precision = 'ieee'
     torch.backends.cudnn.deterministic = True
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), found
@@ -401,15 +406,15 @@ def find_weights():
             target.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(target), hash_prefix=SHA256)
         except (OSError, RuntimeError) as error:
-            raise BadInput(f'no Inception weights here, and the download failed ({error}): put {URL} ({BYTES:,} bytes, '
-                           f'SHA-256 {SHA256}) at {target}, or name the file with --weights') from None
+            raise BadInput(f'no Inception weights here, and the download failed ({error}): put {URL} '
+                           f'({BYTES:,} bytes, SHA-256 {SHA256}) at {target}, or name a file with --weights') from None
     return target
 
 
 # ---------------------------------------------------------------------------------------- Frechet distance
 
 Gaussian = collections.namedtuple('Gaussian', 'mean cov factor', defaults=[None])
-Gaussian.__doc__ = """mean (D,), cov (D, D), both float64; factor (n, D) with factor' factor = cov, where n < D."""
+Gaussian.__doc__ = "mean (D,), cov (D, D), float64; and where n < D, factor (n, D) with factor' factor = cov."
 
 
 class Moments:
@@ -418,7 +423,7 @@ class Moments:
     def __init__(self, dimensions):
         self.n = 0
         self.mean = torch.zeros(dimensions, dtype=torch.float64)
-        self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)        # sum of (x - mean)(x - mean)'
+        self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)    # sum (x - mean)(x - mean)'
 
     def add(self, rows):
         part = Moments(0)
@@ -462,13 +467,13 @@ def root(cov):
 def frechet(a, b):
     """|mean_a - mean_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^1/2 of two Gaussians.
 
-    With S_a = R'R, the eigenvalues of S_a S_b are those of R S_b R', which is symmetric: real and, up to rounding,
-    not negative. R has as few rows as either side allows.
+    With S_a = R'R, the eigenvalues of S_a S_b are those of R S_b R', which is symmetric: real and, up to
+    rounding, not negative. R has as few rows as either side allows.
     """
     a, b = sorted((a, b), key=lambda side: len(side.mean) if side.factor is None else len(side.factor))
     R = root(a.cov) if a.factor is None else a.factor
-    values = torch.linalg.eigvalsh(R @ b.cov @ R.T)
-    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * values.clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvalsh(R @ b.cov @ R.T).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
     return max(distance.item(), 0.0)
 
 
@@ -487,7 +492,7 @@ def frechet_from_features(x, y):
 # ----------------------------------------------------------------------------------------- Inception Score
 
 def inception_score(logits, split=5000):
-    """exp of the mean of KL(p(y | x) || p(y)) over consecutive rows of `split`, then the mean over the splits.
+    """exp of the mean KL(p(y | x) || p(y)) of `split` consecutive rows, then the mean over the splits.
 
     In the order of the file, a short last split weighing as much as the others: ADM does not shuffle.
     """
@@ -513,19 +518,19 @@ def half(x):
 def adm_distances(u, v):
     """|u - v|^2 for all pairs of rows, (m, n) float32, rounded to float16 after every step as in ADM's graph.
 
-    A pooled feature's square is a few hundred, so distances are multiples of 1/8 or 1/4, and ties pass `<=`: both
-    measures come out about 0.001 to 0.002 higher than the exact ones, and every published number has that in it.
+    A pooled feature's square is a few hundred, so distances come in steps of 1/8 or 1/4, and ties pass `<=`:
+    both measures are about 0.001 to 0.002 higher than the exact ones, and so is every published number.
     """
     a, b = half(u), half(v)
     norm_a, norm_b = half(half(a * a).sum(1))[:, None], half(half(b * b).sum(1))
     d = half(half(norm_a - half(2 * half(a @ b.T))) + norm_b).clamp(min=0)
-    if not d.isfinite().all():                                                # ADM asks this of 10,000 x 10,000 pairs,
-        d = (u * u).sum(1)[:, None] - 2 * (u @ v.T) + (v * v).sum(1)          # here it is a block; real features are
-    return d.clamp(min=0)                                                     # a hundred times too small for either
+    if not d.isfinite().all():            # ADM asks it of 10,000 x 10,000 pairs; real features never get here
+        d = (u * u).sum(1)[:, None] - 2 * (u @ v.T) + (v * v).sum(1)
+    return d.clamp(min=0)
 
 
 def exact_distances(u, v):
-    """|u - v|^2 for all pairs of rows, (m, n) float64. What float32 features cannot tell apart is at distance 0."""
+    """|u - v|^2 for all pairs of rows, (m, n) float64; 0 where float32 features cannot tell u from v."""
     u, v = u.double(), v.double()
     norms = (u * u).sum(1)[:, None] + (v * v).sum(1)
     d = norms - 2 * (u @ v.T)
@@ -548,12 +553,15 @@ def radii(x, k, distances, block):
 
 
 def precision_recall(real, fake, k=3, mode='adm', block=2000):
-    """Precision: the share of fakes in the ball of some real, whose radius reaches its k-th real neighbour. Recall:
-    the same with the roles exchanged. Features float32 (n, D), at least k + 1 of each; `block` bounds the memory."""
+    """(precision, recall) of features float32 (n, D), at least k + 1 on each side.
+
+    Precision: the share of fakes in the ball of some real, whose radius reaches to its k-th nearest real.
+    Recall: the same with the roles exchanged. Distances are of `block` x `block` pairs at a time.
+    """
     distances = DISTANCES[mode]
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     real_radii, fake_radii = radii(real, k, distances, block), radii(fake, k, distances, block)
-    real_in, fake_in = torch.zeros_like(real_radii, dtype=torch.bool), torch.zeros_like(fake_radii, dtype=torch.bool)
+    real_in, fake_in = (torch.zeros_like(r, dtype=torch.bool) for r in (real_radii, fake_radii))
     for i in range(0, len(real), block):
         for j in range(0, len(fake), block):
             d = distances(real[i:i + block], fake[j:j + block])
@@ -581,7 +589,7 @@ class Side:
 
 
 def check_pixels(path, shape, dtype, some):
-    """Refuse what is not uint8 (n, H, W, 3) with at least 2 images. `some` are the values of the first ones."""
+    """Refuse what is not uint8 (n, H, W, 3) with at least 2 images; `some` holds the first pixels."""
     if dtype.kind == 'f' and some.size:
         low, high = some.min(), some.max()
         how = '(x + 1) * 127.5' if low < 0 else 'x * 255' if high <= 1 else 'x'
@@ -590,7 +598,7 @@ def check_pixels(path, shape, dtype, some):
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
         raise BadInput(f'{path} holds {dtype} {tuple(shape)}, expected images uint8 (n, H, W, 3)')
     if shape[0] < 2:
-        raise BadInput(f'{path} holds {shape[0]} images, expected at least 2: there is no covariance of fewer')
+        raise BadInput(f'{path} holds {shape[0]} images, expected at least 2 for a covariance')
 
 
 def open_images(archive, path):
@@ -599,7 +607,7 @@ def open_images(archive, path):
     with archive.open('arr_0.npy') as file:
         shape, fortran, dtype = headers[np.lib.format.read_magic(file)](file)
         if dtype.hasobject:
-            raise BadInput(f'{path} holds an object array, readable by pickle only, expected uint8 (n, H, W, 3)')
+            raise BadInput(f'{path} holds an object array, a pickle: expected uint8 (n, H, W, 3)')
         begin, row = file.tell(), math.prod(shape[1:]) * dtype.itemsize
         if archive.getinfo('arr_0.npy').file_size != begin + shape[0] * row:
             raise BadInput(f'{path} is cut short: arr_0 is smaller than its {dtype} {shape}')
@@ -624,32 +632,34 @@ def open_npz(path):
     try:
         with open(path, 'rb') as file:
             refuse_pretender(path, file.read(100))
-        with zipfile.ZipFile(path) as archive, np.load(path) as arrays:       # numpy refuses pickles by default
+        with zipfile.ZipFile(path) as archive, np.load(path) as arrays:     # numpy refuses pickles by default
             for name, mean, cov, D in (('fid', 'mu', 'sigma', 2048), ('sfid', 'mu_s', 'sigma_s', 2023)):
                 if mean not in arrays or cov not in arrays:
                     continue
                 mean, cov = arrays[mean], arrays[cov]
                 if mean.shape != (D,) or cov.shape != (D, D) or mean.dtype.kind + cov.dtype.kind != 'ff':
-                    raise BadInput(f'{path} holds statistics of shape {mean.shape} and {cov.shape} for {name}, expected '
-                                   f'floats ({D},) and ({D}, {D}): those of another network?')
+                    raise BadInput(f'{path} holds {name} statistics of shape {mean.shape} and {cov.shape}, '
+                                   f'expected floats ({D},) and ({D}, {D}): those of another network?')
                 if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-                    raise BadInput(f'{path} holds statistics for {name} that are not finite numbers: compute them anew')
-                setattr(side, name, Gaussian(*(torch.from_numpy(part.astype(np.float64)) for part in (mean, cov))))
+                    raise BadInput(f'{path} holds {name} statistics that are not finite numbers: remake them')
+                mean, cov = (torch.from_numpy(part.astype(np.float64)) for part in (mean, cov))
+                setattr(side, name, Gaussian(mean, cov))
                 side.stored = True
             if 'features' in arrays and 'weights' in arrays:                  # written by --save-stats
                 side.pool, side.weights = torch.from_numpy(arrays['features']).float(), str(arrays['weights'])
                 side.count = len(side.pool)
                 if side.pool.shape[1:] != (2048,) or not side.pool.isfinite().all():
-                    raise BadInput(f'{path} holds features {tuple(side.pool.shape)}, expected finite (n, 2048)')
+                    raise BadInput(f'{path} holds features {list(side.pool.shape)}, expected finite [n, 2048]')
             elif 'arr_0' in arrays:
                 side.count, side.size, side.read = open_images(archive, path)
             elif not side.stored:
-                raise BadInput(f'{path} holds {", ".join(arrays) or "nothing"}, expected images arr_0, or statistics mu '
-                               f'and sigma')
+                raise BadInput(f'{path} holds {", ".join(arrays) or "nothing"}, expected images arr_0, '
+                               f'or statistics mu and sigma')
     except BadInput:
         raise
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadInput(f'{path} cannot be read as an .npz file, it is cut short or of another kind: {error}') from None
+        raise BadInput(f'{path} cannot be read as an .npz file, it is cut short or of another kind: '
+                       f'{error}') from None
     return side
 
 
@@ -661,7 +671,7 @@ def open_data(path):
     except (OSError, ValueError, EOFError, AttributeError) as error:
         raise BadInput(f'{path} is no readable data folder: {error}') from None
     if kind != 'images':
-        raise BadInput(f'{path} is a data folder of {kind}, expected images: decode them, or name a folder of pixels')
+        raise BadInput(f'{path} is a data folder of {kind}, expected images: decode them first')
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise BadInput(f'{path}/data.npy holds {array.dtype} {array.shape}, expected uint8 (n, 1 or 3, H, W)')
     n, C, H, W = array.shape
@@ -685,9 +695,12 @@ def picture(file):
         raise BadInput(f'{file} cannot be read as a picture: {error}') from None
 
 
+SUFFIXES = ('.png', '.jpg', '.jpeg')
+
+
 def open_folder(path):
     """A folder of PNG and JPEG files, and of folders of them. Their headers are all read first."""
-    files = sorted(str(file) for file in pathlib.Path(path).rglob('*') if file.suffix.lower() in ('.png', '.jpg', '.jpeg'))
+    files = sorted(str(file) for file in pathlib.Path(path).rglob('*') if file.suffix.lower() in SUFFIXES)
     if len(files) < 2:
         raise BadInput(f'{path} holds {len(files)} PNG or JPEG files, expected at least 2')
     side = Side(str(path), len(files))
@@ -696,9 +709,9 @@ def open_folder(path):
             side.size = side.size or image.size[::-1]
             if image.size[::-1] != side.size:
                 raise BadInput(f'{file} is {" x ".join(map(str, image.size))}, but {files[0]} is '
-                               f'{" x ".join(map(str, side.size[::-1]))} pixels: expected one size throughout')
+                               f'{" x ".join(map(str, side.size[::-1]))} pixels: expected a single size')
             if image.mode[0] in 'IF':
-                raise BadInput(f'{file} has more than 8 bits a channel ({image.mode}): expected 8-bit pictures')
+                raise BadInput(f'{file} has more than 8 bits a channel ({image.mode}): expected 8')
             side.converted += image.mode != 'RGB'
             side.jpeg += image.format == 'JPEG'
 
@@ -713,12 +726,16 @@ def open_folder(path):
     return side
 
 
+def pixels(side):
+    return ' x '.join(str(n) for n in reversed(side.size))
+
+
 def open_side(path):
     path = pathlib.Path(path)
     if path.is_dir():
         return open_data(path) if (path / 'meta.json').exists() else open_folder(path)
     if not path.exists():
-        raise BadInput(f'there is no {path}: expected an .npz file, a folder of PNG or JPEG files, or a data folder')
+        raise BadInput(f'there is no {path}: expected an .npz file, a folder of pictures, or a data folder')
     return open_npz(path)
 
 
@@ -729,7 +746,7 @@ FULL = 50_000                                 # samples behind the published num
 
 
 def share(count, step, rank, world):
-    """(start, stop) of a process: whole batches, so that an image is in the same batch, and rounded alike, for any
+    """(start, stop) of a process. Whole batches: an image meets the same ones, and is rounded alike, for any
     number of processes."""
     batches = -(-count // step)
     return tuple(min(count, batches * r // world * step) for r in (rank, rank + 1))
@@ -749,7 +766,7 @@ def gather(rows, counts, rank):
 
 @torch.no_grad()
 def extract(net, side, rank=0, world=1):
-    """Fill in, on process 0, what a side's images give: pooled features and, unless it has stored ones, statistics."""
+    """Fill in, on process 0, what a side's images give: features and, unless there are stored ones, moments."""
     device = net.fc.weight.device
     step = BATCH[device.type]
     spans = [share(side.count, step, r, world) for r in range(world)]
@@ -761,7 +778,7 @@ def extract(net, side, rank=0, world=1):
             pool.append(features.cpu())
             if not side.stored:
                 spatial.append(map_.cpu())
-            if side.count >= 2023 and len(spatial) * step > 1000:             # of many images, only the moments
+            if side.count >= 2023 and len(spatial) * step > 1000:             # of many, only the moments
                 moments.add(torch.cat(spatial))
                 spatial = spatial[:1]
             bar.update(len(images))
@@ -805,141 +822,149 @@ def save_statistics(path, side, sha256):
         raise BadInput(f'cannot write {path}: {error.strerror or error}') from None
 
 
-def evaluate(reference, samples=None, weights=None, sha256=None, pr='adm', save_stats=None, device='cpu', rank=0, world=1):
-    """A dictionary of the five measures, and of all that one must know to compare them; None but on process 0.
+def cautions(ref, gen, sha256):
+    """Sentences: what should make a reader of the numbers think twice."""
+    for side in filter(None, (ref, gen)):
+        if side.converted:
+            yield f'{side.path}: {side.converted} pictures were grey or had alpha or a palette, made RGB'
+        if side.jpeg:
+            yield f'{side.path}: {side.jpeg} pictures are JPEG; its losses move FID, PNG has none'
+        if side.weights and side.weights != sha256:
+            yield f'{side.path}: made with other weights, SHA-256 {side.weights[:8]}..., than this run'
+    if gen and ref.size and gen.size and ref.size != gen.size:
+        yield f'the sizes differ, {pixels(ref)} and {pixels(gen)} pixels'
+    if gen and gen.stored and not ref.stored:
+        yield f'{gen.path} brings stored statistics and {ref.path} none: are the sides swapped?'
+    if gen and gen.count and abs(gen.count - FULL) > FULL / 100:
+        yield (f'{gen.count:,} samples: the fewer, the higher FID and sFID, so compare with numbers of as many only; '
+               f'published ones have {FULL:,}')
 
-    fid, sfid, inception_score, precision, recall    numbers; one that cannot be computed is in `left_out`, with why
-    notes                                            sentences: what would make a reader of the numbers think twice
+
+def evaluate(reference, samples=None, weights=None, sha256=None, pr='adm', save_stats=None,
+             device='cpu', rank=0, world=1):
+    """A dictionary of the five measures, and of what one must know to compare them; None but on process 0.
+
+    fid, sfid, inception_score, precision, recall    numbers; `left_out` says why one is absent
     fifths                                           FID and Inception Score of five disjoint parts of few samples
+    notes                                            sentences, see `cautions`
+    Without `samples` there is nothing to measure, but the reference's statistics go to the file `save_stats`.
     """
     ref = open_side(reference)
     gen = open_side(samples) if samples is not None else None
-    sides = [ref] + [gen] * (gen is not None)
+    sides = [ref] if gen is None else [ref, gen]
     if save_stats and not ref.read:
-        raise BadInput(f'--save-stats: {ref.path} holds statistics and no images, there is nothing to compute')
-    if gen is not None and not gen.count and ref.count:
-        raise BadInput(f'{gen.path} holds only statistics, where the images to judge are needed: are the sides swapped? '
-                       f'Type `python fid.py {gen.path} {ref.path}`')
+        raise BadInput(f'--save-stats: {ref.path} holds no images, so there is nothing to compute')
+    if gen and not gen.count and ref.count:
+        raise BadInput(f'{gen.path} holds only statistics, where the images to judge are needed: are the sides '
+                       f'swapped? Type `python fid.py {gen.path} {ref.path}`')
 
     # features
-    result = {'pr': pr, 'processes': world, 'device': torch.device(device).type}
-    start, net = time.perf_counter(), None
+    result = {name: {'path': side.path, 'images': side.count, 'pixels': pixels(side), 'stored': side.stored}
+              for name, side in zip(('reference', 'samples'), sides)}
+    result |= {'pr': pr, 'device': torch.device(device).type, 'processes': world}
+    net = None
     if any(side.count for side in sides):
-        if world > 1 and rank > 0:
+        if rank > 0:
             dist.barrier()                                                    # the first process downloads
         weights = weights or find_weights()
-        if world > 1 and rank == 0:
+        if rank == 0 and world > 1:
             dist.barrier()
-        net, found = load_weights(weights, sha256)
-        net = net.to(device)
+        net, result['sha256'] = load_weights(weights, sha256)
+        net.to(device)
+        result |= {'weights': str(weights), 'published_weights': result['sha256'] == SHA256}
         start = time.perf_counter()
         for side in sides:
             if side.read:
                 extract(net, side, rank, world)
-        result |= {'weights': str(weights), 'sha256': found, 'published_weights': found == SHA256}
+        seen = sum(side.count for side in sides if side.read)
+        result |= {'images_per_second': seen / (time.perf_counter() - start)}
     if rank > 0:
         return None
-    seen = sum(side.count for side in sides if side.read)
-    result |= {'images_per_second': seen / (time.perf_counter() - start) if seen else None}
     if save_stats:
-        save_statistics(save_stats, ref, found)
-
-    # what is compared
-    notes = result['notes'] = []
-    for name, side in zip(('reference', 'samples'), sides):
-        result[name] = {'path': side.path, 'images': side.count, 'size': list(side.size), 'stored_statistics': side.stored}
-        if side.converted:
-            notes.append(f'{side.path}: {side.converted} pictures were grey or had alpha or a palette; converted to RGB')
-        if side.jpeg:
-            notes.append(f'{side.path}: {side.jpeg} pictures are JPEG; its losses move FID, PNG has none')
-        if side.weights and side.weights != found:
-            notes.append(f'{side.path}: computed with weights of SHA-256 {side.weights[:8]}..., not those of this run')
+        save_statistics(save_stats, ref, result['sha256'])
+    result['notes'] = list(cautions(ref, gen, result.get('sha256')))
     if gen is None:
         return result
-    if ref.size and gen.size and ref.size != gen.size:
-        notes.append(f'the sizes differ, {ref.size[1]} x {ref.size[0]} and {gen.size[1]} x {gen.size[0]} pixels')
-    if gen.stored and not ref.stored:
-        notes.append(f'{gen.path} brings stored statistics and {ref.path} none: are the sides swapped?')
 
     # the five measures
     left_out = result['left_out'] = {}
-    for measure, keys in (('fid', 'mu and sigma'), ('sfid', 'mu_s and sigma_s')):
-        missing = [side.path for side in sides if getattr(side, measure) is None]
-        if missing:
-            left_out[measure] = f'no {keys} in {" and ".join(missing)}'
+    for measure, arrays in (('fid', 'mu and sigma'), ('sfid', 'mu_s and sigma_s')):
+        without = [side.path for side in sides if getattr(side, measure) is None]
+        if without:
+            left_out[measure] = f'no {arrays} in {" and ".join(without)}'
         else:
             result[measure] = frechet(getattr(ref, measure), getattr(gen, measure))
-    if gen.pool is None:
-        left_out['inception_score'] = f'no images in {gen.path}'
-    else:
-        logits = net.logits(gen.pool.to(device)).cpu()
-        result['inception_score'] = inception_score(logits)
-        mixed = inception_score(interleaved(logits))
-        if mixed > 1.05 * result['inception_score']:
-            notes.append(f'{gen.path} looks sorted by class: the Inception Score of its consecutive 5,000s is '
-                         f'{result["inception_score"]:.2f}, of mixed ones {mixed:.2f}; ADM does not shuffle')
     few = [side.path for side in sides if side.count < 4]
     if few:
         left_out['precision'] = left_out['recall'] = f'fewer than 4 images in {" and ".join(few)}'
     else:
-        result['precision'], result['recall'] = precision_recall(ref.pool.to(device), gen.pool.to(device), mode=pr)
-    if gen.count and abs(gen.count - FULL) > FULL / 100:
-        notes.append(f'{gen.count:,} samples: FID and sFID rise as samples get fewer, so compare only with numbers of as '
-                     f'many; published ones have {FULL:,}')
-        if gen.count >= 10 and ref.fid is not None:
-            parts = [torch.arange(i, gen.count, 5) for i in range(5)]
-            result['fifths'] = {'images': gen.count // 5,
-                                'fid': [frechet(ref.fid, gaussian(gen.pool[part])) for part in parts],
-                                'inception_score': [inception_score(logits[part]) for part in parts]}
+        pools = (side.pool.to(device) for side in sides)
+        result['precision'], result['recall'] = precision_recall(*pools, mode=pr)
+    if gen.pool is None:
+        left_out['inception_score'] = f'no images in {gen.path}'
+        return result
+    logits = net.logits(gen.pool.to(device)).cpu()
+    score, mixed = inception_score(logits), inception_score(interleaved(logits))
+    result['inception_score'] = score
+    if mixed > 1.05 * score:
+        result['notes'].append(f'{gen.path} looks sorted by class: the Inception Score of consecutive 5,000s is '
+                               f'{score:.2f}, of mixed ones {mixed:.2f}; ADM does not shuffle')
+    if gen.count >= 10 and ref.fid is not None and abs(gen.count - FULL) > FULL / 100:
+        parts = [torch.arange(i, gen.count, 5) for i in range(5)]
+        result['fifths'] = {'images': gen.count // 5,
+                            'fid': [frechet(ref.fid, gaussian(gen.pool[part])) for part in parts],
+                            'inception_score': [inception_score(logits[part]) for part in parts]}
     return result
 
 
 # -------------------------------------------------------------------------------------------- command line
 
-def report(result):
-    """The lines of the docstring above."""
-    def line(name, text):
-        print(f'{name:18}{text}')
+MEASURES = {'fid': 'FID', 'sfid': 'sFID', 'inception_score': 'Inception Score', 'precision': 'precision',
+            'recall': 'recall'}
+MODES = {'adm': "k = 3, float16 distances as ADM's", 'exact': 'k = 3, exact distances, not what others publish'}
 
+
+def report(result):
+    """The lines of the docstring above: (what, about it)."""
     for name in ('reference', 'samples'):
         if side := result.get(name):
-            what = [f'{side["images"]:,} images'] * (side['images'] > 0) + ['stored statistics'] * side['stored_statistics']
-            size = f' of {side["size"][1]} x {side["size"][0]}' if side['size'] else ''
-            line(name, f'{side["path"]}: {what[0]}{size}{", with " + what[1] if what[1:] else ""}')
-    if 'sha256' in result:
-        line('weights', f'{os.path.basename(result["weights"])}, SHA-256 {result["sha256"][:8]}..., '
-             f'{"the published file" if result["published_weights"] else "not the published .pth"}')
-    if result['images_per_second']:
-        line('network', f'float32 (no TF32), {result["device"]}, {result["processes"]} process'
-             f'{"es" * (result["processes"] > 1)}, {result["images_per_second"]:.1f} images/s')
-    how = {'adm': "float16 distances as ADM's", 'exact': 'exact distances, not the published convention'}[result['pr']]
-    for key, name in (('fid', 'FID'), ('sfid', 'sFID'), ('inception_score', 'Inception Score'),
-                      ('precision', 'precision'), ('recall', 'recall')):
+            images = f'{side["images"]:,} images' + f' of {side["pixels"]}' * bool(side['pixels'])
+            yield name, side['path'] + ': ' + ', with '.join(
+                [images] * bool(side['images']) + ['stored statistics'] * side['stored'])
+    if 'weights' in result:
+        yield 'weights', (f'{os.path.basename(result["weights"])}, SHA-256 {result["sha256"][:8]}..., '
+                          f'{"" if result["published_weights"] else "not "}the published file')
+        yield 'network', (f'float32 (no TF32), {result["device"]}, {result["processes"]} process'
+                          f'{"es" * (result["processes"] > 1)}, {result["images_per_second"]:.1f} images/s')
+    for key, name in MEASURES.items():
         if key in result:
-            line(name, f'{result[key]:8.4f}' + f'   k = 3, {how}' * (key == 'precision'))
+            yield name, f'{result[key]:8.4f}' + f'   {MODES[result["pr"]]}' * (key == 'precision')
         elif key in result.get('left_out', {}):
-            line(name, f'left out: {result["left_out"][key]}')
-    for key, name in (('fid', 'FID'), ('inception_score', 'Inception Score')):
-        if 'fifths' in result:
-            values = result['fifths'][key]
-            line('', f'{name} of disjoint fifths, {result["fifths"]["images"]:,} images each: {np.mean(values):.4f} +- '
-                 f'{np.std(values, ddof=1):.4f}')
+            yield name, f'left out: {result["left_out"][key]}'
+    for key in ('fid', 'inception_score') * ('fifths' in result):
+        values = result['fifths'][key]
+        yield '', (f'{MEASURES[key]} of disjoint fifths, {result["fifths"]["images"]:,} images each: '
+                   f'{np.mean(values):.4f} +- {np.std(values, ddof=1):.4f}')
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description='How far from real?', allow_abbrev=False)
+    parser.add_argument('reference', metavar='REF', help='.npz, folder of PNG or JPEG files, or data folder')
+    parser.add_argument('samples', metavar='SAMPLES', nargs='?', help='the same; only --save-stats goes without')
+    parser.add_argument('--weights', metavar='FILE', help=f"{NAME}, or TensorFlow's classify_image_graph_def.pb "
+                        "(default: from torch's hub cache, or downloaded there)")
+    parser.add_argument('--sha256', metavar='HEX', help="hash that --weights must have (default: a .pth the "
+                        "published file's; a .pb any)")
+    parser.add_argument('--pr', choices=DISTANCES, default='adm', help='distances of precision and recall')
+    parser.add_argument('--save-stats', metavar='FILE', help="write REF's statistics and features to this .npz")
+    parser.add_argument('--json', action='store_true', help='print one line of JSON')
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description='FID, sFID, Inception Score, precision, recall.', allow_abbrev=False)
-    parser.add_argument('reference', metavar='REF', help='.npz, folder of PNG or JPEG files, or data folder')
-    parser.add_argument('samples', metavar='SAMPLES', nargs='?', help='the same; left out only with --save-stats')
-    parser.add_argument('--weights', metavar='FILE', help=f"{NAME}, or TensorFlow's classify_image_graph_def.pb (default: "
-                        "torch's hub cache, or downloaded there)")
-    parser.add_argument('--sha256', metavar='HEX', help="what --weights must have (default: a .pth the published file's; "
-                        'a .pb is not checked)')
-    parser.add_argument('--pr', choices=('adm', 'exact'), default='adm', help='distances of precision and recall')
-    parser.add_argument('--save-stats', metavar='FILE', help='.npz to write with the statistics and features of REF')
-    parser.add_argument('--json', action='store_true', help='print one line of JSON')
-    args = parser.parse_args(argv)
+    args = parse(argv)
     if args.samples is None and not args.save_stats:
-        raise BadInput('SAMPLES is missing: type `python fid.py REF SAMPLES`, or --save-stats FILE to prepare REF')
+        raise BadInput('SAMPLES is missing: type `python fid.py REF SAMPLES`, or `python fid.py REF --save-stats FILE`')
     if args.sha256 and not args.weights:
         raise BadInput('--sha256 belongs to --weights: the file of the hub cache is the published one')
     if args.save_stats and os.path.exists(args.save_stats):
@@ -949,16 +974,19 @@ def main(argv=None):
 
     # where am I
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else torch.device('cpu')
-    if world > 1 and not dist.is_initialized():                               # only results travel, from main memory
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    if world > 1 and not dist.is_initialized():                               # what travels lies in main memory
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
 
-    result = evaluate(args.reference, args.samples, args.weights, args.sha256, args.pr, args.save_stats, device, rank, world)
+    result = evaluate(args.reference, args.samples, args.weights, args.sha256, args.pr, args.save_stats,
+                      device, rank, world)
     if rank == 0:
+        for what, text in [] if args.json else report(result):
+            print(f'{what:18}{text}')
         if args.json:
             print(json.dumps(result))
-        else:
-            report(result)
         for note in result['notes']:
             print(f'note: {note}', file=sys.stderr)
         if args.save_stats:
