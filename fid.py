@@ -322,28 +322,32 @@ def read_graph(graph, expected):
     for number, node in fields(graph):
         node = list(fields(node)) if number == 1 else []
         name = names.get(next((bytes(value).decode() for number, value in node if number == 1), None))
-        attributes = (dict(fields(value)) for number, value in node if number == 5 and name)
-        for tensor in (dict(fields(a[2])).get(8) for a in attributes if bytes(a[1]) == b'value'):
-            parts = collections.defaultdict(list)
-            for number, value in fields(tensor):
-                parts[number].append(value)
-            shape = tuple(dict(fields(dim)).get(1, 0) for number, dim in fields(parts[2][0]) if number == 2)
-            order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get(len(shape), ())  # in, out go first
-            turned = tuple(shape[i] for i in order)
-            if parts[1] != [1]:
-                raise ValueError(f'{name} is not float32')
-            check_shape(name, turned, expected[name])                       # before anything so large is made
-            values = np.frombuffer(b''.join(parts[4] or parts[5]), '<f4')
-            values = np.broadcast_to(values, math.prod(shape)) if len(values) == 1 else values
-            state[name] = torch.from_numpy(values.reshape(shape).transpose(order).copy())
+        for attribute in (dict(fields(value)) for number, value in node if number == 5 and name):
+            if bytes(attribute[1]) == b'value':
+                state[name] = read_tensor(name, dict(fields(attribute[2]))[8], expected[name])
     return state
 
 
+def read_tensor(name, message, expected):
+    parts = collections.defaultdict(list)
+    for number, value in fields(message):
+        parts[number].append(value)
+    if parts[1] != [1]:
+        raise ValueError('not float32')
+    shape = [dict(fields(dim)).get(1, 0) for number, dim in fields(parts[2][0]) if number == 2]
+    order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}.get(len(shape), ())            # ours is out, in, H, W
+    check_shape(name, [shape[i] for i in order], expected)                  # before anything so large is made
+    values = np.frombuffer(b''.join(parts[4] or parts[5]), '<f4')
+    values = np.broadcast_to(values, math.prod(shape)) if len(values) == 1 else values    # one stands for all
+    return torch.from_numpy(values.reshape(shape).transpose(order).copy())
+
+
 def check_shape(name, found, expected):
+    found, expected = list(found), list(expected)
     if name.startswith('fc.') and found[:1] != expected[:1]:
         raise BadInput(f'the weights know {found[0] if found else 0} classes, expected {expected[0]}')
-    if tuple(found) != tuple(expected):
-        raise BadInput(f'the weights hold {name} of shape {tuple(found)}, expected {tuple(expected)}')
+    if found != expected:
+        raise BadInput(f'the weights hold {name} of shape {found}, expected {expected}')
 
 
 def refuse_pretender(path, head):
@@ -376,20 +380,16 @@ def load_weights(path, sha256=None):
         state = (read_graph(memoryview(content), expected) if graph
                  else torch.load(io.BytesIO(content), map_location='cpu', weights_only=True))
         state = {name: value.float() for name, value in state.items() if not name.endswith('tracked')}
+        odd = sorted(state.keys() ^ expected.keys())
+        if odd:
+            raise BadInput(f'not the 2015 Inception, {len(odd)} tensors are missing or too many: {odd[0]}')
+        for name, shape in expected.items():
+            check_shape(name, state[name].shape, shape)
     except BadInput as mistake:
         raise BadInput(f'{path}: {mistake}') from None
     except Exception as error:                                                # a broken file raises anything
         raise BadInput(f'{path} cannot be read as weights, it is cut short or of another kind '
                        f'({type(error).__name__})') from None
-    if state.keys() != expected.keys():
-        odd = sorted(state.keys() ^ expected.keys())
-        raise BadInput(f'{path} is not the 2015 Inception: {len(odd)} tensors are missing or too many, '
-                       f'one is {odd[0]}')
-    for name, shape in expected.items():
-        try:
-            check_shape(name, tuple(state[name].shape), shape)
-        except BadInput as mistake:
-            raise BadInput(f'{path}: {mistake}') from None
     net.load_state_dict(state, strict=False)                                  # BN's counters may be absent
     torch.backends.cudnn.conv.fp32_precision = 'ieee'                         # not TF32: that moves FID 1e-3
     torch.backends.cuda.matmul.fp32_precision = 'ieee'
@@ -407,7 +407,8 @@ def find_weights():
             torch.hub.download_url_to_file(URL, str(target), hash_prefix=SHA256)
         except (OSError, RuntimeError) as error:
             raise BadInput(f'no Inception weights here, and the download failed ({error}): put {URL} '
-                           f'({BYTES:,} bytes, SHA-256 {SHA256}) at {target}, or name a file with --weights') from None
+                           f'({BYTES:,} bytes, SHA-256 {SHA256}) at {target}, '
+                           f'or name the file with --weights') from None
     return target
 
 
@@ -609,7 +610,7 @@ def open_images(archive, path):
         if dtype.hasobject:
             raise BadInput(f'{path} holds an object array, a pickle: expected uint8 (n, H, W, 3)')
         begin, row = file.tell(), math.prod(shape[1:]) * dtype.itemsize
-        if archive.getinfo('arr_0.npy').file_size != begin + shape[0] * row:
+        if archive.getinfo('arr_0.npy').file_size != begin + math.prod(shape) * dtype.itemsize:
             raise BadInput(f'{path} is cut short: arr_0 is smaller than its {dtype} {shape}')
         check_pixels(path, shape, dtype, np.frombuffer(file.read(8 * row), dtype))
     if fortran:
@@ -617,7 +618,7 @@ def open_images(archive, path):
 
     def read(start, stop, step):
         try:
-            with zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as file:
+            with zipfile.ZipFile(path) as again, again.open('arr_0.npy') as file:
                 file.seek(begin + start * row)
                 for at in range(start, stop, step):
                     content = file.read(min(step, stop - at) * row)
@@ -649,7 +650,7 @@ def open_npz(path):
                 side.pool, side.weights = torch.from_numpy(arrays['features']).float(), str(arrays['weights'])
                 side.count = len(side.pool)
                 if side.pool.shape[1:] != (2048,) or not side.pool.isfinite().all():
-                    raise BadInput(f'{path} holds features {list(side.pool.shape)}, expected finite [n, 2048]')
+                    raise BadInput(f'{path} has features {list(side.pool.shape)}, expected [n, 2048], finite')
             elif 'arr_0' in arrays:
                 side.count, side.size, side.read = open_images(archive, path)
             elif not side.stored:
@@ -766,7 +767,7 @@ def gather(rows, counts, rank):
 
 @torch.no_grad()
 def extract(net, side, rank=0, world=1):
-    """Fill in, on process 0, what a side's images give: features and, unless there are stored ones, moments."""
+    """Fill in, on process 0, what a side's images give: features and, if none is stored, statistics."""
     device = net.fc.weight.device
     step = BATCH[device.type]
     spans = [share(side.count, step, r, world) for r in range(world)]
@@ -836,8 +837,8 @@ def cautions(ref, gen, sha256):
     if gen and gen.stored and not ref.stored:
         yield f'{gen.path} brings stored statistics and {ref.path} none: are the sides swapped?'
     if gen and gen.count and abs(gen.count - FULL) > FULL / 100:
-        yield (f'{gen.count:,} samples: the fewer, the higher FID and sFID, so compare with numbers of as many only; '
-               f'published ones have {FULL:,}')
+        yield (f'{gen.count:,} samples: the fewer, the higher FID and sFID, so compare only with numbers of '
+               f'as many; published ones have {FULL:,}')
 
 
 def evaluate(reference, samples=None, weights=None, sha256=None, pr='adm', save_stats=None,
@@ -845,7 +846,7 @@ def evaluate(reference, samples=None, weights=None, sha256=None, pr='adm', save_
     """A dictionary of the five measures, and of what one must know to compare them; None but on process 0.
 
     fid, sfid, inception_score, precision, recall    numbers; `left_out` says why one is absent
-    fifths                                           FID and Inception Score of five disjoint parts of few samples
+    fifths                                           FID and Inception Score of five parts, if n is not 50,000
     notes                                            sentences, see `cautions`
     Without `samples` there is nothing to measure, but the reference's statistics go to the file `save_stats`.
     """
@@ -855,8 +856,8 @@ def evaluate(reference, samples=None, weights=None, sha256=None, pr='adm', save_
     if save_stats and not ref.read:
         raise BadInput(f'--save-stats: {ref.path} holds no images, so there is nothing to compute')
     if gen and not gen.count and ref.count:
-        raise BadInput(f'{gen.path} holds only statistics, where the images to judge are needed: are the sides '
-                       f'swapped? Type `python fid.py {gen.path} {ref.path}`')
+        raise BadInput(f'{gen.path} holds only statistics, and the images are in {ref.path}: if the sides '
+                       f'are swapped, type `python fid.py {gen.path} {ref.path}`')
 
     # features
     result = {name: {'path': side.path, 'images': side.count, 'pixels': pixels(side), 'stored': side.stored}
@@ -907,8 +908,8 @@ def evaluate(reference, samples=None, weights=None, sha256=None, pr='adm', save_
     score, mixed = inception_score(logits), inception_score(interleaved(logits))
     result['inception_score'] = score
     if mixed > 1.05 * score:
-        result['notes'].append(f'{gen.path} looks sorted by class: the Inception Score of consecutive 5,000s is '
-                               f'{score:.2f}, of mixed ones {mixed:.2f}; ADM does not shuffle')
+        result['notes'].append(f'{gen.path} looks sorted by class: the Inception Score of consecutive 5,000s '
+                               f'is {score:.2f}, of mixed ones {mixed:.2f}; ADM does not shuffle')
     if gen.count >= 10 and ref.fid is not None and abs(gen.count - FULL) > FULL / 100:
         parts = [torch.arange(i, gen.count, 5) for i in range(5)]
         result['fifths'] = {'images': gen.count // 5,
@@ -921,7 +922,7 @@ def evaluate(reference, samples=None, weights=None, sha256=None, pr='adm', save_
 
 MEASURES = {'fid': 'FID', 'sfid': 'sFID', 'inception_score': 'Inception Score', 'precision': 'precision',
             'recall': 'recall'}
-MODES = {'adm': "k = 3, float16 distances as ADM's", 'exact': 'k = 3, exact distances, not what others publish'}
+MODES = {'adm': "k = 3, float16 distances as ADM's", 'exact': 'k = 3, exact distances, not those of papers'}
 
 
 def report(result):
@@ -950,13 +951,13 @@ def report(result):
 def parse(argv):
     parser = argparse.ArgumentParser(description='How far from real?', allow_abbrev=False)
     parser.add_argument('reference', metavar='REF', help='.npz, folder of PNG or JPEG files, or data folder')
-    parser.add_argument('samples', metavar='SAMPLES', nargs='?', help='the same; only --save-stats goes without')
-    parser.add_argument('--weights', metavar='FILE', help=f"{NAME}, or TensorFlow's classify_image_graph_def.pb "
-                        "(default: from torch's hub cache, or downloaded there)")
+    parser.add_argument('samples', metavar='SAMPLES', nargs='?', help='the same; --save-stats can do without')
+    parser.add_argument('--weights', metavar='FILE', help=f"{NAME} or TensorFlow's "
+                        "classify_image_graph_def.pb (default: from torch's hub cache, or downloaded there)")
     parser.add_argument('--sha256', metavar='HEX', help="hash that --weights must have (default: a .pth the "
                         "published file's; a .pb any)")
     parser.add_argument('--pr', choices=DISTANCES, default='adm', help='distances of precision and recall')
-    parser.add_argument('--save-stats', metavar='FILE', help="write REF's statistics and features to this .npz")
+    parser.add_argument('--save-stats', metavar='FILE', help="write REF's statistics and features, .npz")
     parser.add_argument('--json', action='store_true', help='print one line of JSON')
     return parser.parse_args(argv)
 
@@ -964,7 +965,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     if args.samples is None and not args.save_stats:
-        raise BadInput('SAMPLES is missing: type `python fid.py REF SAMPLES`, or `python fid.py REF --save-stats FILE`')
+        raise BadInput('SAMPLES is missing: type `python fid.py REF SAMPLES`, or --save-stats FILE')
     if args.sha256 and not args.weights:
         raise BadInput('--sha256 belongs to --weights: the file of the hub cache is the published one')
     if args.save_stats and os.path.exists(args.save_stats):
@@ -977,7 +978,7 @@ def main(argv=None):
     device = torch.device('cpu')
     if torch.cuda.is_available():
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-    if world > 1 and not dist.is_initialized():                               # what travels lies in main memory
+    if world > 1 and not dist.is_initialized():                             # what travels is in main memory
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
 
     result = evaluate(args.reference, args.samples, args.weights, args.sha256, args.pr, args.save_stats,
