@@ -394,7 +394,7 @@ def load_weights(path, sha256=None):
     torch.backends.cudnn.conv.fp32_precision = 'ieee'                         # not TF32: that moves FID 1e-3
     torch.backends.cuda.matmul.fp32_precision = 'ieee'
     torch.backends.cudnn.deterministic = True
-    return net.eval().requires_grad_(False).to(memory_format=torch.channels_last), found
+    return net.train(False).requires_grad_(False).to(memory_format=torch.channels_last), found
 
 
 def find_weights():
@@ -427,7 +427,7 @@ class Moments:
         self.scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)    # sum (x - mean)(x - mean)'
 
     def add(self, rows):
-        part = Moments(0)
+        part = Moments(0)                                                    # the moments of these rows alone
         rows = rows.double()
         part.n, part.mean = len(rows), rows.mean(0)
         rows = rows - part.mean
@@ -608,7 +608,7 @@ def open_images(archive, path):
     with archive.open('arr_0.npy') as file:
         shape, fortran, dtype = headers[np.lib.format.read_magic(file)](file)
         if dtype.hasobject:
-            raise BadInput(f'{path} holds an object array, a pickle: expected uint8 (n, H, W, 3)')
+            raise BadInput(f'{path} holds an object array, expected uint8 (n, H, W, 3)')
         begin, row = file.tell(), math.prod(shape[1:]) * dtype.itemsize
         if archive.getinfo('arr_0.npy').file_size != begin + math.prod(shape) * dtype.itemsize:
             raise BadInput(f'{path} is cut short: arr_0 is smaller than its {dtype} {shape}')
@@ -633,7 +633,7 @@ def open_npz(path):
     try:
         with open(path, 'rb') as file:
             refuse_pretender(path, file.read(100))
-        with zipfile.ZipFile(path) as archive, np.load(path) as arrays:     # numpy refuses pickles by default
+        with zipfile.ZipFile(path) as archive, np.load(path) as arrays:     # numpy refuses objects by default
             for name, mean, cov, D in (('fid', 'mu', 'sigma', 2048), ('sfid', 'mu_s', 'sigma_s', 2023)):
                 if mean not in arrays or cov not in arrays:
                     continue
@@ -649,7 +649,7 @@ def open_npz(path):
             if 'features' in arrays and 'weights' in arrays:                  # written by --save-stats
                 side.pool, side.weights = torch.from_numpy(arrays['features']).float(), str(arrays['weights'])
                 side.count = len(side.pool)
-                if side.pool.shape[1:] != (2048,) or not side.pool.isfinite().all():
+                if side.count < 2 or side.pool.shape[1:] != (2048,) or not side.pool.isfinite().all():
                     raise BadInput(f'{path} has features {list(side.pool.shape)}, expected [n, 2048], finite')
             elif 'arr_0' in arrays:
                 side.count, side.size, side.read = open_images(archive, path)
@@ -658,7 +658,7 @@ def open_npz(path):
                                f'or statistics mu and sigma')
     except BadInput:
         raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise BadInput(f'{path} cannot be read as an .npz file, it is cut short or of another kind: '
                        f'{error}') from None
     return side
@@ -773,16 +773,27 @@ def extract(net, side, rank=0, world=1):
     spans = [share(side.count, step, r, world) for r in range(world)]
     counts = [stop - start for start, stop in spans]
     pool, spatial, moments = [torch.empty(0, 2048)], [torch.empty(0, 2023)], Moments(2023)
+    mistake = None
     with tqdm(total=counts[rank], desc=side.path, unit=' images', disable=rank > 0 or None) as bar:
-        for images in side.read(*spans[rank], step):
-            features, map_ = net(preprocess(images, device))
-            pool.append(features.cpu())
-            if not side.stored:
-                spatial.append(map_.cpu())
-            if side.count >= 2023 and len(spatial) * step > 1000:             # of many, only the moments
-                moments.add(torch.cat(spatial))
-                spatial = spatial[:1]
-            bar.update(len(images))
+        try:
+            for images in side.read(*spans[rank], step):
+                features, map_ = net(preprocess(images, device))
+                pool.append(features.cpu())
+                if not side.stored:
+                    spatial.append(map_.cpu())
+                if side.count >= 2023 and len(spatial) * step > 1000:         # of many, only the moments
+                    moments.add(torch.cat(spatial))
+                    spatial = spatial[:1]
+                bar.update(len(images))
+        except BadInput as error:
+            mistake = error
+    if world > 1:                                                             # all stop, or none
+        failed = torch.tensor([mistake is not None], dtype=torch.int64)
+        dist.all_reduce(failed)
+        if failed and mistake is None:
+            mistake = BadInput(f'another process could not read its part of {side.path}')
+    if mistake is not None:
+        raise mistake
     side.pool, spatial = gather(torch.cat(pool), counts, rank), torch.cat(spatial)
     if side.stored:
         return

@@ -48,13 +48,14 @@ for mode in fid.DISTANCES:
 del real, fake
 
 # the network
-net = fid.Inception().eval().requires_grad_(False).to(memory_format=torch.channels_last)
+net = fid.Inception().train(False).requires_grad_(False).to(memory_format=torch.channels_last)
 images = torch.randint(256, (8, 256, 256, 3), generator=rng, dtype=torch.uint8).numpy()
 for batch in (4, 8):
     with torch.no_grad():
         net(fid.preprocess(images[:batch]))
-        _, cpu, wall = timed(lambda batch=batch: [net(fid.preprocess(images[:batch])) for _ in range(24 // batch)])
-    print(f'network, batch {batch}: {24 / cpu:5.1f} images a CPU second, {24 / wall:5.1f} a second', flush=True)
+        part = images[:batch]
+        _, cpu, wall = timed(lambda part=part: [net(fid.preprocess(part)) for _ in range(24 // len(part))])
+    print(f'network, batch {batch}: {24 / cpu:5.1f} images a CPU second, {24 / wall:5.1f} a second')
 
 # Frechet distance: S2 = S1^-1/2 M^2 S1^-1/2, so that tr (S1 S2)^1/2 = tr M
 D = 2048

@@ -146,9 +146,10 @@ def test_tensorflow_names():
 
 
 def plain_inception(state, x):
-    """The network once more, from the tensors' names, in float64: pools by shifting, batch norm by its formula.
+    """The network once more, from its tensors, in float64: pools by shifting, batch norm by its formula.
 
-    Returns pooled features, spatial features, logits."""
+    Returns pooled features, spatial features, logits.
+    """
     state = {name: value.double() for name, value in state.items()}
 
     def conv(x, name, stride=1, same=True):
@@ -294,8 +295,9 @@ def test_tensorflow_graph_gives_the_same_tensors(state, tmp_path):
 
 
 def test_zip_format_and_absent_counters(state, tmp_path):
-    torch.save({name: value for name, value in state.items() if not name.endswith('tracked')}, tmp_path / 'a.pth')
-    net, _ = fid.load_weights(tmp_path / 'a.pth', hashlib.sha256((tmp_path / 'a.pth').read_bytes()).hexdigest())
+    path = tmp_path / 'a.pth'
+    torch.save({name: value for name, value in state.items() if not name.endswith('tracked')}, path)
+    net, _ = fid.load_weights(path, hashlib.sha256(path.read_bytes()).hexdigest())
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
@@ -312,7 +314,7 @@ def spoiled_weights(state, tmp_path):
     narrow = lambda name, array: (name, array[..., :1000] if name.startswith('softmax') else array)
     wide = lambda name, array: (name, array[..., :7] if name == 'mixed_6/conv/conv2d_params' else array)
     nameless = lambda name, array: (name.replace('mixed_3', 'other'), array)
-    state = {name: torch.zeros(()).expand(value.shape) for name, value in state.items()}     # one number on disk
+    state = {name: torch.zeros(()).expand(value.shape) for name, value in state.items()}  # one number on disk
     kept = ('fc', 'Mixed_6d.branch1x1', 'Mixed_6a.branch3x3.')
     few = {name: value for name, value in state.items() if name.startswith(kept)}
     whole = graph(few)
@@ -344,7 +346,8 @@ def test_spoiled_weights_are_refused_in_a_sentence(state, tmp_path, monkeypatch)
         (tmp_path / name).write_bytes(content)
         with pytest.raises(fid.BadInput) as refusal:
             fid.load_weights(name, hashlib.sha256(content).hexdigest())
-        assert words in str(refusal.value) and name in str(refusal.value) and '\n' not in str(refusal.value), name
+        sentence = str(refusal.value)
+        assert words in sentence and name in sentence and '\n' not in sentence
     assert not pathlib.Path('harm').exists()
     with pytest.raises(fid.BadInput, match='No such file'):
         fid.load_weights('nowhere.pth')
@@ -366,7 +369,7 @@ def test_weights_are_found_in_the_cache_or_downloaded_there(weights, tmp_path, m
     assert not list(target.parent.iterdir())
     monkeypatch.setattr(fid, 'SHA256', weights[1])
     assert fid.find_weights() == target and target.read_bytes() == weights[0].read_bytes()
-    monkeypatch.setattr(fid, 'URL', 'file:///nowhere')                        # and from now on no network is needed
+    monkeypatch.setattr(fid, 'URL', 'file:///nowhere')                  # and from now on no network is needed
     assert fid.find_weights() == target
 
 
@@ -502,7 +505,7 @@ def plain_precision_recall(real, fake, k, distance):
         return [sorted(distance(a, b) for b in rows)[k] for a in rows]
     def share(rows, others, radii):
         return np.mean([any(distance(*pair(row, other)) <= r for other, r in zip(others, radii)) for row in rows])
-    pair = lambda row, other: (other, row)                                    # the first argument is the real one
+    pair = lambda row, other: (other, row)                                # the first argument is the real one
     precision = share(fake, real, radii(real))
     pair = lambda row, other: (row, other)
     return precision, share(real, fake, radii(fake))
@@ -689,7 +692,8 @@ def test_saved_statistics_give_the_same_numbers(case, weights, loaded, net):
     np.savez(case / 'bare.npz', mu=arrays['mu'], sigma=arrays['sigma'])
     np.savez(case / 'half.npz', **{name: arrays[name] * 0.5 for name in ('mu', 'sigma')}, arr_0=pictures(12))
     bare = fid.evaluate(case / 'bare.npz', case / 'fake', *weights)
-    assert bare['fid'] == pytest.approx(result['fid'], rel=1e-6) and set(bare['left_out']) == {'sfid', 'precision', 'recall'}
+    assert bare['fid'] == pytest.approx(result['fid'], rel=1e-6)
+    assert set(bare['left_out']) == {'sfid', 'precision', 'recall'}
     assert 'mu_s' in bare['left_out']['sfid'] and 'bare.npz' in bare['left_out']['recall']
     half = fid.evaluate(case / 'half.npz', case / 'fake', *weights)           # as ADM's reference: both
     assert half['fid'] == pytest.approx(fid.frechet(
@@ -738,7 +742,7 @@ def test_images_are_split_and_gathered_in_file_order(count, tmp_path, monkeypatc
     net, me, boxes = Small(), threading.local(), {1: queue.Queue(), 2: queue.Queue()}
     monkeypatch.setattr(fid, 'dist', types.SimpleNamespace(
         send=lambda rows, target: boxes[me.rank].put(rows),
-        recv=lambda part, source: part.copy_(boxes[source].get(timeout=60))))
+        recv=lambda part, source: part.copy_(boxes[source].get(timeout=60)), all_reduce=lambda flag: None))
     sides = [fid.open_side(tmp_path / 'x.npz') for _ in range(3)]
 
     def play(rank):
@@ -763,11 +767,23 @@ def test_images_are_split_and_gathered_in_file_order(count, tmp_path, monkeypatc
         assert relative(side.sfid.mean, alone.sfid.mean.numpy()) < 1e-12
 
 
+def test_all_processes_stop_when_one_cannot_read(tmp_path, monkeypatch):
+    side = fid.open_side(write('npz', tmp_path / 'x.npz', pictures(4, 4, 4)))
+    monkeypatch.setattr(fid, 'preprocess', lambda images, device: torch.from_numpy(np.array(images)).float())
+    monkeypatch.setattr(fid, 'dist', types.SimpleNamespace(all_reduce=lambda flag: flag.add_(1)))
+    with pytest.raises(fid.BadInput, match='another process could not read its part of .*x.npz'):
+        fid.extract(Small(), side, 0, 2)
+    side.path, side.read = 'y', fid.open_side(tmp_path / 'x.npz').read
+    (tmp_path / 'x.npz').unlink()
+    with pytest.raises(fid.BadInput, match='x.npz is damaged'):               # its own reason, where it knows it
+        fid.extract(Small(), side, 0, 2)
+
+
 @pytest.mark.parametrize('count, world', [(50_000, 1), (50_000, 7), (3, 4), (17, 2)])
 def test_every_image_is_some_process_s(count, world):
     spans = [fid.share(count, 8, rank, world) for rank in range(world)]
     assert [i for start, stop in spans for i in range(start, stop)] == list(range(count))
-    assert all(start % 8 == 0 or start == count for start, _ in spans)        # whole batches, the same for any world
+    assert all(start % 8 == 0 or start == count for start, _ in spans)  # whole batches, the same for any world
 
 
 def stored(path, n, mean=0.0, **arrays):
@@ -837,7 +853,8 @@ def test_report(case, weights, capsys, monkeypatch):
     assert 'float16 distances' in out and 'FID of disjoint fifths, 2 images each' in out
     np.savez('only.npz', mu=np.zeros(2048), sigma=np.eye(2048))
     status, out, err = run(['only.npz', 'only.npz'], capsys, monkeypatch)
-    assert status == 0 and 'weights' not in out and ['FID', '0.0000'] in [line.split() for line in out.splitlines()]
+    assert status == 0 and 'weights' not in out
+    assert ['FID', '0.0000'] in [line.split() for line in out.splitlines()]
     for words in ('no mu_s and sigma_s in', 'no images in', 'fewer than 4 images in'):
         assert f'left out: {words} only.npz' in out
     status, out, err = run(['real.npz', '--save-stats', 'new.npz', *known], capsys, monkeypatch)
@@ -872,6 +889,8 @@ REFUSED = [
     (['nan.npz', 'ok.npz'], 'not finite numbers'),
     (['clip.npz', 'ok.npz'], 'those of another network?'),
     (['rows.npz', 'ok.npz'], 'has features [3, 512]'),
+    (['words.npz', 'ok.npz'], 'cannot be read'),
+    (['none.npz', 'ok.npz'], 'has features [0, 2048]'),
     (['ok.npz', 'stats.npz'], 'type `python fid.py stats.npz ok.npz`'),
     (['stats.npz', '--save-stats', 'new.npz'], 'nothing to compute'),
     (['ok.npz', 'ok.npz', '--save-stats', 'ok.npz'], 'exists already'),
@@ -907,6 +926,8 @@ def mistakes(tmp_path_factory):
     np.savez('nan.npz', mu=mu, sigma=sigma * np.nan)
     np.savez('clip.npz', mu=mu[:512], sigma=sigma[:512, :512])
     np.savez('rows.npz', features=np.zeros((3, 512)), weights='')
+    np.savez('words.npz', features=np.array(['a', 'b']), weights='')
+    np.savez('none.npz', features=np.zeros((0, 2048)), weights='')
     np.savez('object-stats.npz', mu=mu.astype(object), sigma=sigma)
     pathlib.Path('short.npz').write_bytes(pathlib.Path('ok.npz').read_bytes()[:-100])
     with zipfile.ZipFile('ok.npz') as ok, zipfile.ZipFile('header.npz', 'w') as cut:
