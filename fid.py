@@ -765,6 +765,15 @@ def gather(rows, counts, rank):
     return rows
 
 
+def agree(mistake, world, what):
+    """All processes stop where one has made a mistake, or none."""
+    failed = torch.tensor([mistake is not None], dtype=torch.int64)
+    if world > 1:
+        dist.all_reduce(failed)
+    if failed:
+        raise mistake or BadInput(f'another process could not read {what}')
+
+
 @torch.no_grad()
 def extract(net, side, rank=0, world=1):
     """Fill in, on process 0, what a side's images give: features and, if none is stored, statistics."""
@@ -787,13 +796,7 @@ def extract(net, side, rank=0, world=1):
                 bar.update(len(images))
         except BadInput as error:
             mistake = error
-    if world > 1:                                                             # all stop, or none
-        failed = torch.tensor([mistake is not None], dtype=torch.int64)
-        dist.all_reduce(failed)
-        if failed and mistake is None:
-            mistake = BadInput(f'another process could not read its part of {side.path}')
-    if mistake is not None:
-        raise mistake
+    agree(mistake, world, f'its part of {side.path}')
     side.pool, spatial = gather(torch.cat(pool), counts, rank), torch.cat(spatial)
     if side.stored:
         return
@@ -876,11 +879,13 @@ def evaluate(reference, samples=None, weights=None, sha256=None, pr='adm', save_
     result |= {'pr': pr, 'device': torch.device(device).type, 'processes': world}
     net = None
     if any(side.count for side in sides):
-        if rank > 0:
-            dist.barrier()                                                    # the first process downloads
+        mistake = None
+        try:
+            weights = weights or (find_weights() if rank == 0 else None)
+        except BadInput as error:
+            mistake = error
+        agree(mistake, world, 'the weights')                                  # the first process downloads
         weights = weights or find_weights()
-        if rank == 0 and world > 1:
-            dist.barrier()
         net, result['sha256'] = load_weights(weights, sha256)
         net.to(device)
         result |= {'weights': str(weights), 'published_weights': result['sha256'] == SHA256}
@@ -946,6 +951,7 @@ def report(result):
     if 'weights' in result:
         yield 'weights', (f'{os.path.basename(result["weights"])}, SHA-256 {result["sha256"][:8]}..., '
                           f'{"" if result["published_weights"] else "not "}the published file')
+    if result.get('images_per_second'):
         yield 'network', (f'float32 (no TF32), {result["device"]}, {result["processes"]} process'
                           f'{"es" * (result["processes"] > 1)}, {result["images_per_second"]:.1f} images/s')
     for key, name in MEASURES.items():

@@ -767,6 +767,18 @@ def test_images_are_split_and_gathered_in_file_order(count, tmp_path, monkeypatc
         assert relative(side.sfid.mean, alone.sfid.mean.numpy()) < 1e-12
 
 
+@pytest.mark.slow
+def test_all_processes_stop_when_one_cannot_download(tmp_path):
+    """Offline, from the command line: a sentence from each of two processes, and no traceback of fid.py."""
+    write('npz', tmp_path / 'x.npz', pictures(4, 4, 4))
+    found = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+         str(ROOT / 'fid.py'), 'x.npz', 'x.npz'], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {'OMP_NUM_THREADS': '1', 'TORCH_HOME': str(tmp_path), 'https_proxy': 'http://127.0.0.1:9'})
+    assert found.returncode != 0 and 'fid.py: no Inception weights here' in found.stderr
+    assert 'fid.py: another process could not read the weights' in found.stderr and '[rank' not in found.stderr
+
+
 def test_all_processes_stop_when_one_cannot_read(tmp_path, monkeypatch):
     side = fid.open_side(write('npz', tmp_path / 'x.npz', pictures(4, 4, 4)))
     monkeypatch.setattr(fid, 'preprocess', lambda images, device: torch.from_numpy(np.array(images)).float())
@@ -852,6 +864,8 @@ def test_report(case, weights, capsys, monkeypatch):
     assert ['FID', f'{result["fid"]:.4f}'] in lines and ['recall', f'{result["recall"]:.4f}'] in lines
     assert 'float16 distances' in out and 'FID of disjoint fifths, 2 images each' in out
     np.savez('only.npz', mu=np.zeros(2048), sigma=np.eye(2048))
+    assert 'network' in dict(fid.report(result))
+    assert 'network' not in dict(fid.report(result | {'images_per_second': 0.0}))     # no image was looked at
     status, out, err = run(['only.npz', 'only.npz'], capsys, monkeypatch)
     assert status == 0 and 'weights' not in out
     assert ['FID', '0.0000'] in [line.split() for line in out.splitlines()]
