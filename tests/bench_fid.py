@@ -16,11 +16,11 @@ import time
 os.environ['OMP_NUM_THREADS'] = os.environ['OPENBLAS_NUM_THREADS'] = '1'
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import numpy as np                                                            # noqa: E402
-import scipy.linalg                                                           # noqa: E402
-import torch                                                                  # noqa: E402
+import numpy as np  # noqa: E402
+import scipy.linalg  # noqa: E402
+import torch  # noqa: E402
 
-import fid                                                                    # noqa: E402
+import fid  # noqa: E402
 
 torch.set_num_threads(1)
 rng = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def timed(function, *args, **kwargs):
 
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024          # MB; Linux counts in KB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MB; Linux counts in KB
 
 
 # precision and recall, before anything else needs memory
@@ -43,8 +43,11 @@ fid.precision_recall(real[:10], fake[:10])
 for mode in fid.DISTANCES:
     before = peak()
     (precision, recall), cpu, wall = timed(fid.precision_recall, real, fake, mode=mode)
-    print(f'precision, recall, {mode:5}   10,000 x 10,000 x 2048: {cpu:6.1f} CPU s, {wall:6.1f} s, '
-          f'{peak() - before:4.0f} MB more at the peak', flush=True)
+    print(
+        f'precision, recall, {mode:5}   10,000 x 10,000 x 2048: {cpu:6.1f} CPU s, {wall:6.1f} s, '
+        f'{peak() - before:4.0f} MB more at the peak',
+        flush=True,
+    )
 del real, fake
 
 # the network
@@ -61,7 +64,7 @@ for batch in (4, 8):
 D = 2048
 values, more = (torch.rand(D, generator=rng, dtype=torch.float64) + 0.05 for _ in range(2))
 Q, P = (torch.linalg.qr(torch.randn(D, D, generator=rng, dtype=torch.float64))[0] for _ in range(2))
-S1, half, M = (Q * values) @ Q.T, (Q * values ** -0.5) @ Q.T, (P * more) @ P.T
+S1, half, M = (Q * values) @ Q.T, (Q * values**-0.5) @ Q.T, (P * more) @ P.T
 S2 = half @ M @ M @ half
 S2 = (S2 + S2.T) / 2
 mean = torch.zeros(D, dtype=torch.float64)

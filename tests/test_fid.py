@@ -80,13 +80,16 @@ def net(weights):
 
 # ------------------------------------------------------------------------------------------- preprocessing
 
+
 def tf1_resize(image, size=299):
     """One picture, pixel by pixel, as TensorFlow's kernel does without align_corners: float32 all the way."""
     f = np.float32
+
     def weights(n):
         scale = f(n) / f(size)
         at = [f(i) * scale for i in range(size)]
         return [(math.floor(a), min(math.ceil(a), n - 1), a - f(math.floor(a))) for a in at]
+
     image, rows, columns = image.astype(f), weights(image.shape[0]), weights(image.shape[1])
     out = np.empty((size, size, image.shape[2]), f)
     for y, (top, bottom, dy) in enumerate(rows):
@@ -106,7 +109,7 @@ def test_resize_is_bit_equal_to_tensorflow_1(height, width):
 
 def test_resize_in_closed_form():
     """Of a ramp, pixel i is i * n / 299, up to the last source pixel, and 299 pixels are left alone."""
-    ramp = torch.arange(64.).repeat(64, 1)[None, :, :, None]
+    ramp = torch.arange(64.0).repeat(64, 1)[None, :, :, None]
     want = (torch.arange(299, dtype=torch.float64) * 64 / 299).clamp(max=63)
     assert (fid.resize(ramp)[0, 5, :, 0] - want).abs().max() < 1e-5
     assert (fid.resize(ramp.transpose(1, 2))[0, :, 5, 0] - want).abs().max() < 1e-5
@@ -117,10 +120,11 @@ def test_resize_in_closed_form():
 def test_range_is_minus_one_to_127_128ths():
     x = fid.preprocess(np.arange(256, dtype=np.uint8).repeat(3 * 4).reshape(256, 2, 2, 3))
     assert x.shape == (256, 3, 299, 299) and x.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(x[:, 0, 7, 9], (torch.arange(256.) - 128) / 128)
+    assert torch.equal(x[:, 0, 7, 9], (torch.arange(256.0) - 128) / 128)
 
 
 # ------------------------------------------------------------------------------------------------- network
+
 
 def test_names_and_shapes_are_those_of_the_published_file():
     """566 tensors; the hash is of the list `name shape` of pytorch-fid's network, in its order."""
@@ -129,7 +133,8 @@ def test_names_and_shapes_are_those_of_the_published_file():
     assert len(lines) == 566
     assert sum(value.numel() for name, value in state.items() if not name.endswith('tracked')) == 23_885_392
     assert hashlib.sha256('\n'.join(lines).encode()).hexdigest() == (
-        '8ca497103391675d239b6cbe936a080934f935dfd57b70343674200035f2c5e8')
+        '8ca497103391675d239b6cbe936a080934f935dfd57b70343674200035f2c5e8'
+    )
 
 
 def test_tensorflow_names():
@@ -142,7 +147,8 @@ def test_tensorflow_names():
     lines = [f'{name} {ours[name]}' for name in names]
     assert len(lines) == 472
     assert hashlib.sha256('\n'.join(lines).encode()).hexdigest() == (
-        'c116707fcce1288594f3169afcd177f6f586c1eaf2e8b3718e26fa727d02cfa8')
+        'c116707fcce1288594f3169afcd177f6f586c1eaf2e8b3718e26fa727d02cfa8'
+    )
 
 
 def plain_inception(state, x):
@@ -155,8 +161,10 @@ def plain_inception(state, x):
     def conv(x, name, stride=1, same=True):
         w = state[f'{name}.conv.weight']
         x = functional.conv2d(x, w, stride=stride, padding=[k // 2 if same else 0 for k in w.shape[2:]])
-        gamma, beta, mean, var = (state[f'{name}.bn.{part}'][None, :, None, None]
-                                  for part in ('weight', 'bias', 'running_mean', 'running_var'))
+        gamma, beta, mean, var = (
+            state[f'{name}.bn.{part}'][None, :, None, None]
+            for part in ('weight', 'bias', 'running_mean', 'running_var')
+        )
         return ((x - mean) / (var + 0.001).sqrt() * gamma + beta).clamp(min=0)
 
     def chain(x, block, *names, stride=1):
@@ -168,10 +176,10 @@ def plain_inception(state, x):
         """The nine neighbours of every pixel: (9, B, C, H, W)."""
         H, W = x.shape[2:]
         x = functional.pad(x, (1, 1, 1, 1), value=outside)
-        return torch.stack([x[:, :, i:i + H, j:j + W] for i in range(3) for j in range(3)])
+        return torch.stack([x[:, :, i : i + H, j : j + W] for i in range(3) for j in range(3)])
 
     def mean_of_those_inside(x):
-        return shifts(x, 0.).sum(0) / shifts(torch.ones_like(x), 0.).sum(0)
+        return shifts(x, 0.0).sum(0) / shifts(torch.ones_like(x), 0.0).sum(0)
 
     def largest_of_9(x):
         return shifts(x, -math.inf).amax(0)
@@ -186,26 +194,57 @@ def plain_inception(state, x):
     x = conv(conv(halved(x), 'Conv2d_3b_1x1'), 'Conv2d_4a_3x3', 1, False)
     x = halved(x)
     for block in ('Mixed_5b', 'Mixed_5c', 'Mixed_5d'):
-        x = torch.cat([chain(x, block, 'branch1x1'), chain(x, block, *numbered('branch5x5', 1, 2)),
-                       chain(x, block, *numbered('branch3x3dbl', 1, 2, 3)),
-                       chain(mean_of_those_inside(x), block, 'branch_pool')], 1)
-    x = torch.cat([chain(x, 'Mixed_6a', 'branch3x3', stride=2),
-                   chain(x, 'Mixed_6a', *numbered('branch3x3dbl', 1, 2, 3), stride=2), halved(x)], 1)
+        x = torch.cat(
+            [
+                chain(x, block, 'branch1x1'),
+                chain(x, block, *numbered('branch5x5', 1, 2)),
+                chain(x, block, *numbered('branch3x3dbl', 1, 2, 3)),
+                chain(mean_of_those_inside(x), block, 'branch_pool'),
+            ],
+            1,
+        )
+    x = torch.cat(
+        [
+            chain(x, 'Mixed_6a', 'branch3x3', stride=2),
+            chain(x, 'Mixed_6a', *numbered('branch3x3dbl', 1, 2, 3), stride=2),
+            halved(x),
+        ],
+        1,
+    )
     for block in ('Mixed_6b', 'Mixed_6c', 'Mixed_6d', 'Mixed_6e'):
         first = chain(x, block, 'branch1x1')
         if block == 'Mixed_6d':
             spatial = np.stack([first[:, c, h, w] for h in range(17) for w in range(17) for c in range(7)], 1)
-        x = torch.cat([first, chain(x, block, *numbered('branch7x7', 1, 2, 3)),
-                       chain(x, block, *numbered('branch7x7dbl', 1, 2, 3, 4, 5)),
-                       chain(mean_of_those_inside(x), block, 'branch_pool')], 1)
-    x = torch.cat([chain(x, 'Mixed_7a', *numbered('branch3x3', 1, 2), stride=2),
-                   chain(x, 'Mixed_7a', *numbered('branch7x7x3', 1, 2, 3, 4), stride=2), halved(x)], 1)
+        x = torch.cat(
+            [
+                first,
+                chain(x, block, *numbered('branch7x7', 1, 2, 3)),
+                chain(x, block, *numbered('branch7x7dbl', 1, 2, 3, 4, 5)),
+                chain(mean_of_those_inside(x), block, 'branch_pool'),
+            ],
+            1,
+        )
+    x = torch.cat(
+        [
+            chain(x, 'Mixed_7a', *numbered('branch3x3', 1, 2), stride=2),
+            chain(x, 'Mixed_7a', *numbered('branch7x7x3', 1, 2, 3, 4), stride=2),
+            halved(x),
+        ],
+        1,
+    )
     for block, pool in (('Mixed_7b', mean_of_those_inside), ('Mixed_7c', largest_of_9)):
         one, two = chain(x, block, 'branch3x3_1'), chain(x, block, *numbered('branch3x3dbl', 1, 2))
-        x = torch.cat([chain(x, block, 'branch1x1'),
-                       chain(one, block, 'branch3x3_2a'), chain(one, block, 'branch3x3_2b'),
-                       chain(two, block, 'branch3x3dbl_3a'), chain(two, block, 'branch3x3dbl_3b'),
-                       chain(pool(x), block, 'branch_pool')], 1)
+        x = torch.cat(
+            [
+                chain(x, block, 'branch1x1'),
+                chain(one, block, 'branch3x3_2a'),
+                chain(one, block, 'branch3x3_2b'),
+                chain(two, block, 'branch3x3dbl_3a'),
+                chain(two, block, 'branch3x3dbl_3b'),
+                chain(pool(x), block, 'branch_pool'),
+            ],
+            1,
+        )
     pool = x.sum((2, 3)) / 64
     return pool.numpy(), spatial, pool.numpy() @ state['fc.weight'].numpy().T
 
@@ -223,7 +262,7 @@ def test_features_against_a_second_implementation(net, plain):
     with torch.no_grad():
         pool, spatial = net(fid.preprocess(pictures(2)))
     assert pool.shape == (2, 2048) and spatial.shape == (2, 2023) and pool.dtype == torch.float32
-    assert (pool > 0).double().mean() > 0.5 and (spatial > 0).double().mean() > 0.2      # alive
+    assert (pool > 0).double().mean() > 0.5 and (spatial > 0).double().mean() > 0.2  # alive
     assert relative(pool, plain[0]) < 1e-5 and relative(spatial, plain[1]) < 1e-5
 
 
@@ -244,10 +283,13 @@ def test_features_do_not_depend_on_the_batch_and_are_in_ieee_float32(net):
 
 # ------------------------------------------------------------------------------------------------- weights
 
+
 def protobuf(*fields):
     """A protobuf message of (number, value): an int, bytes, or floats, which go out one by one."""
+
     def varint(n):
         return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
     out = []
     for number, value in fields:
         if isinstance(value, int):
@@ -263,16 +305,25 @@ def constant(name, array, dtype=1, shape=None):
     """A node of a GraphDef with everything a real one has around what is read."""
     dims = [(2, protobuf((1, n))) for n in (array.shape if shape is None else shape)]
     if array.size > 1 and (array == array.flat[0]).all():
-        content = (5, float(array.flat[0]))                                   # one value stands for all
+        content = (5, float(array.flat[0]))  # one value stands for all
     elif name.endswith('gamma'):
-        content = (5, array.astype('<f4').tobytes())                          # packed float_val
+        content = (5, array.astype('<f4').tobytes())  # packed float_val
     elif name.endswith('beta'):
-        content = [(5, float(x)) for x in array.flat]                         # float_val, one by one
+        content = [(5, float(x)) for x in array.flat]  # float_val, one by one
     else:
         content = (4, array.astype('<f4').tobytes())
-    tensor = protobuf((1, dtype), (2, protobuf(*dims)), *(content if isinstance(content, list) else [content]))
-    return (1, protobuf((1, name.encode()), (2, b'Const'), (5, protobuf((1, b'dtype'), (2, protobuf((6, 1))))),
-                        (5, protobuf((1, b'value'), (2, protobuf((8, tensor)))))))
+    tensor = protobuf(
+        (1, dtype), (2, protobuf(*dims)), *(content if isinstance(content, list) else [content])
+    )
+    return (
+        1,
+        protobuf(
+            (1, name.encode()),
+            (2, b'Const'),
+            (5, protobuf((1, b'dtype'), (2, protobuf((6, 1))))),
+            (5, protobuf((1, b'value'), (2, protobuf((8, tensor))))),
+        ),
+    )
 
 
 def graph(state, change=lambda name, array: (name, array), **kwargs):
@@ -308,9 +359,11 @@ class Harm:
 
 def spoiled_weights(state, tmp_path):
     """{name: (content, words of the refusal)}"""
+
     def saved(thing):
         torch.save(thing, tmp_path / 'spoiled', _use_new_zipfile_serialization=False)
         return (tmp_path / 'spoiled').read_bytes()
+
     narrow = lambda name, array: (name, array[..., :1000] if name.startswith('softmax') else array)
     wide = lambda name, array: (name, array[..., :7] if name == 'mixed_6/conv/conv2d_params' else array)
     nameless = lambda name, array: (name.replace('mixed_3', 'other'), array)
@@ -319,13 +372,23 @@ def spoiled_weights(state, tmp_path):
     few = {name: value for name, value in state.items() if name.startswith(kept)}
     whole = graph(few)
     return {
-        'lfs': (b'version https://git-lfs.github.com/spec/v1\noid sha256:67\nsize 95628359\n', 'Git LFS pointer'),
+        'lfs': (
+            b'version https://git-lfs.github.com/spec/v1\noid sha256:67\nsize 95628359\n',
+            'Git LFS pointer',
+        ),
         'html': (b'\n<!DOCTYPE html><html>Not found</html>', 'HTML page'),
-        'classes.pth': (saved(state | {'fc.weight': torch.zeros(1000, 2048)}), 'know 1000 classes, expected 1008'),
-        'shape.pth': (saved(state | {'fc.weight': torch.zeros(1008, 2047)}),
-                      'of shape [1008, 2047], expected [1008, 2048]'),
-        'names.pth': (saved({'module.' + name: value for name, value in state.items()}),
-                      '944 tensors are missing or too many'),
+        'classes.pth': (
+            saved(state | {'fc.weight': torch.zeros(1000, 2048)}),
+            'know 1000 classes, expected 1008',
+        ),
+        'shape.pth': (
+            saved(state | {'fc.weight': torch.zeros(1008, 2047)}),
+            'of shape [1008, 2047], expected [1008, 2048]',
+        ),
+        'names.pth': (
+            saved({'module.' + name: value for name, value in state.items()}),
+            '944 tensors are missing or too many',
+        ),
         'list.pth': (saved([1, 2]), 'cut short or of another kind'),
         'harm.pth': (saved({'fc.weight': Harm()}), 'cut short or of another kind'),
         'short.pth': (saved(state)[:-9_000], 'cut short or of another kind'),
@@ -333,11 +396,15 @@ def spoiled_weights(state, tmp_path):
         'shape.pb': (graph(few, wide), 'expected [192, 768, 1, 1]'),
         'names.pb': (graph(few, nameless), 'tensors are missing'),
         'half.pb': (graph(few, dtype=19), 'cut short or of another kind'),
-        'huge.pb': (protobuf(constant('softmax/biases', np.ones(3), shape=(1 << 60,))), 'classes, expected 1008'),
-        'short.pb': (whole[:len(whole) // 2], 'cut short or of another kind'),
+        'huge.pb': (
+            protobuf(constant('softmax/biases', np.ones(3), shape=(1 << 60,))),
+            'classes, expected 1008',
+        ),
+        'short.pb': (whole[: len(whole) // 2], 'cut short or of another kind'),
         'empty.pb': (b'\n', 'cut short or of another kind'),
         'varint.pb': (b'\n' + b'\xff' * 20, 'cut short or of another kind'),
-        'nothing.pth': (b'', 'cut short or of another kind')}
+        'nothing.pth': (b'', 'cut short or of another kind'),
+    }
 
 
 def test_spoiled_weights_are_refused_in_a_sentence(state, tmp_path, monkeypatch):
@@ -364,18 +431,19 @@ def test_weights_are_found_in_the_cache_or_downloaded_there(weights, tmp_path, m
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     target = tmp_path / 'hub' / 'checkpoints' / fid.NAME
     monkeypatch.setattr(fid, 'URL', weights[0].as_uri())
-    with pytest.raises(fid.BadInput, match='invalid hash'):                   # the address gives another file
+    with pytest.raises(fid.BadInput, match='invalid hash'):  # the address gives another file
         fid.find_weights()
     assert not list(target.parent.iterdir())
     monkeypatch.setattr(fid, 'SHA256', weights[1])
     assert fid.find_weights() == target and target.read_bytes() == weights[0].read_bytes()
-    monkeypatch.setattr(fid, 'URL', 'file:///nowhere')                  # and from now on no network is needed
+    monkeypatch.setattr(fid, 'URL', 'file:///nowhere')  # and from now on no network is needed
     assert fid.find_weights() == target
 
 
 def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise urllib.error.URLError('Name or service not known')
+
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', offline)
     with pytest.raises(fid.BadInput) as refusal:
@@ -386,6 +454,7 @@ def test_offline_says_what_to_put_where(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------- Frechet distance
+
 
 def features(n, D, seed=0):
     """Correlated rows float32 (n, D) with an offset."""
@@ -437,7 +506,7 @@ def test_frechet_distance_in_closed_form():
     found = fid.frechet_distance(mu, spd(a), nu, spd(b))
     assert found == pytest.approx(between + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-8)
     a, m = rng.uniform(0.5, 2, 200), rng.uniform(0.5, 2, 200)
-    half, M = spd(a ** -0.5), spd(m, seed=1)
+    half, M = spd(a**-0.5), spd(m, seed=1)
     second = half @ M @ M @ half
     want = between + a.sum() + np.trace(second) - 2 * m.sum()
     assert fid.frechet_distance(mu, spd(a), nu, second) == pytest.approx(want, rel=1e-8)
@@ -471,14 +540,17 @@ def test_few_rows_use_their_factor():
     found = fid.gaussian(x)
     assert found.factor.shape == (50, 200)
     assert relative(found.cov, np.cov(x.double().numpy(), rowvar=False)) < 1e-12
-    assert fid.frechet(found, found) < 1e-6 and fid.gaussian(torch.from_numpy(features(200, 50))).factor is None
+    assert (
+        fid.frechet(found, found) < 1e-6 and fid.gaussian(torch.from_numpy(features(200, 50))).factor is None
+    )
 
 
 # ----------------------------------------------------------------------------------------- Inception Score
 
+
 def certain(classes, n=10, of=1008):
     """Logits of a network sure of `classes`: other classes' probabilities are zero in any precision."""
-    return torch.nn.functional.one_hot(torch.as_tensor(classes), of)[:n * len(classes)] * 2000.
+    return torch.nn.functional.one_hot(torch.as_tensor(classes), of)[: n * len(classes)] * 2000.0
 
 
 def test_known_inception_scores():
@@ -490,29 +562,37 @@ def test_known_inception_scores():
 
 
 def test_splits_are_consecutive_and_a_short_one_weighs_as_much():
-    sorted_ = certain(np.arange(10_000) // 5000, of=8)                        # class 0, then class 1
+    sorted_ = certain(np.arange(10_000) // 5000, of=8)  # class 0, then class 1
     assert fid.inception_score(sorted_) == pytest.approx(1, rel=1e-12)
     assert fid.inception_score(fid.interleaved(sorted_)) == pytest.approx(2, rel=1e-12)
-    assert fid.inception_score(certain([0, 1, 2, 3, 5], of=8), split=4) == pytest.approx((4 + 1) / 2, rel=1e-12)
+    assert fid.inception_score(certain([0, 1, 2, 3, 5], of=8), split=4) == pytest.approx(
+        (4 + 1) / 2, rel=1e-12
+    )
     assert sorted(fid.interleaved(torch.arange(23), 5).tolist()) == list(range(23))
 
 
 # ---------------------------------------------------------------------------------------- precision, recall
 
+
 def plain_precision_recall(real, fake, k, distance):
     """Pair by pair."""
+
     def radii(rows):
         return [sorted(distance(a, b) for b in rows)[k] for a in rows]
+
     def share(rows, others, radii):
-        return np.mean([any(distance(*pair(row, other)) <= r for other, r in zip(others, radii)) for row in rows])
-    pair = lambda row, other: (other, row)                                # the first argument is the real one
+        return np.mean(
+            [any(distance(*pair(row, other)) <= r for other, r in zip(others, radii)) for row in rows]
+        )
+
+    pair = lambda row, other: (other, row)  # the first argument is the real one
     precision = share(fake, real, radii(real))
     pair = lambda row, other: (row, other)
     return precision, share(real, fake, radii(fake))
 
 
 def half_distance(a, b):
-    """One pair, rounded to float16 after each step; the sums are of float32, and exact for `grid`'s features."""
+    """One pair, rounded to float16 after each step; the sums are float32, exact for `grid`'s features."""
     h = np.float16
     a, b = a.astype(h), b.astype(h)
     norm = lambda x: h((x * x).astype(np.float32).sum())
@@ -541,7 +621,7 @@ def test_precision_and_recall_are_what_they_say():
 
 
 def test_three_neighbours_and_a_closed_ball():
-    """Real 0 has neighbours at 1, 2, 4: a fake at -4 is on the rim of its ball for k = 3, and outside for k = 2."""
+    """Real 0 has neighbours at 1, 2, 4: a fake at -4 is on the rim of its ball for k = 3, outside for k = 2."""
     real, fake = column(0, 1, 2, 4), column(-4, 1000, 2000, 3000)
     assert fid.precision_recall(real, fake, mode='exact')[0] == 1 / 4
     assert fid.precision_recall(real, fake, k=2, mode='exact')[0] == 0
@@ -565,7 +645,7 @@ def test_float16_distances_bit_for_bit():
     found = fid.adm_distances(torch.from_numpy(a), torch.from_numpy(b)).numpy()
     assert found.dtype == np.float32 and np.array_equal(found, want)
     exact = ((a[:, None].astype(np.float64) - b) ** 2).sum(2)
-    assert (found != exact).mean() > 0.5                                      # it does round
+    assert (found != exact).mean() > 0.5  # it does round
 
 
 def test_ties_by_rounding_pass():
@@ -577,22 +657,23 @@ def test_ties_by_rounding_pass():
 
 
 def test_float16_overflow_is_redone_in_float32():
-    real, fake = grid(30, 20) * 100, grid(30, 20, 1) * 100                    # |f|^2 about 1e6, above 65504
-    assert ((real ** 2).sum(1) > 65504).all()
+    real, fake = grid(30, 20) * 100, grid(30, 20, 1) * 100  # |f|^2 about 1e6, above 65504
+    assert ((real**2).sum(1) > 65504).all()
     assert fid.precision_recall(real, fake, mode='adm') == fid.precision_recall(real, fake, mode='exact')
 
 
 def test_exact_mode_knows_copies_and_bears_an_offset():
     x = features(30, 64)
-    copies = np.repeat(x, 5, 0)                                               # radii of zero
+    copies = np.repeat(x, 5, 0)  # radii of zero
     assert fid.precision_recall(copies, x, mode='exact')[0] == 1
     assert fid.precision_recall(copies, x + 0.01, mode='exact')[0] == 0
     real, fake = grid(40, 100), grid(33, 100, 1)
-    shifted = fid.precision_recall(real + 4096, fake + 4096, mode='exact')    # exact in float32: 1/16 of 4096
+    shifted = fid.precision_recall(real + 4096, fake + 4096, mode='exact')  # exact in float32: 1/16 of 4096
     assert shifted == fid.precision_recall(real, fake, mode='exact')
 
 
 # -------------------------------------------------------------------------------------------------- inputs
+
 
 def write(kind, path, images):
     if kind == 'npz':
@@ -635,7 +716,9 @@ def test_pictures_that_are_not_rgb_are_converted_and_counted(tmp_path):
     images = np.concatenate(list(side.read(0, 7, 3)))
     assert (side.count, side.converted, side.jpeg) == (7, 5, 1) and images.shape == (7, 24, 32, 3)
     grey = np.asarray(image.convert('L'))
-    assert all(np.array_equal(images[1][..., c], grey) for c in range(3)) and np.array_equal(images[3], images[0])
+    assert all(np.array_equal(images[1][..., c], grey) for c in range(3)) and np.array_equal(
+        images[3], images[0]
+    )
     grey_folder = write('data', tmp_path / 'grey', pictures(3)[..., :1])
     side = fid.open_side(grey_folder)
     assert side.converted == 3 and next(side.read(0, 3, 3)).shape == (3, 24, 32, 3)
@@ -643,14 +726,18 @@ def test_pictures_that_are_not_rgb_are_converted_and_counted(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- evaluation
 
+
 @pytest.fixture(scope='session')
 def case(weights, tmp_path_factory):
     """A folder with real.npz, 12 images, fake, 13 images, and the evaluation of the one against the other."""
     folder = tmp_path_factory.mktemp('case')
     write('npz', folder / 'real.npz', pictures(12))
     write('png', folder / 'fake', pictures(13, seed=1))
-    (folder / 'result.json').write_text(json.dumps(
-        fid.evaluate(folder / 'real.npz', folder / 'fake', *weights, save_stats=folder / 'real-stats.npz')))
+    (folder / 'result.json').write_text(
+        json.dumps(
+            fid.evaluate(folder / 'real.npz', folder / 'fake', *weights, save_stats=folder / 'real-stats.npz')
+        )
+    )
     return folder
 
 
@@ -661,14 +748,20 @@ def test_the_whole_evaluation_is_its_pieces(case, net, weights):
     p, q = np.float64(real[0]), np.float64(fake[0])
     d, S, T = p.mean(0) - q.mean(0), p - p.mean(0), q - q.mean(0)
     root = scipy.linalg.svdvals(S @ T.T).sum() / math.sqrt(11 * 12)
-    assert result['fid'] == pytest.approx(d @ d + (S ** 2).sum() / 11 + (T ** 2).sum() / 12 - 2 * root, rel=1e-5)
+    assert result['fid'] == pytest.approx(d @ d + (S**2).sum() / 11 + (T**2).sum() / 12 - 2 * root, rel=1e-5)
     assert result['sfid'] == pytest.approx(fid.frechet_from_features(real[1], fake[1]), rel=1e-5)
     assert result['inception_score'] == pytest.approx(fid.inception_score(net.logits(fake[0])), rel=1e-5)
     assert (result['precision'], result['recall']) == fid.precision_recall(real[0], fake[0])
-    assert result['reference']['images'] == 12 and result['samples']['images'] == 13 and result['left_out'] == {}
-    assert result['sha256'] == weights[1] and not result['published_weights'] and result['images_per_second'] > 0
+    assert (
+        result['reference']['images'] == 12 and result['samples']['images'] == 13 and result['left_out'] == {}
+    )
+    assert (
+        result['sha256'] == weights[1] and not result['published_weights'] and result['images_per_second'] > 0
+    )
     assert result['fifths']['images'] == 2 and len(result['fifths']['fid']) == 5
-    assert result['fifths']['fid'][1] == pytest.approx(fid.frechet_from_features(real[0], fake[0][1::5]), rel=1e-5)
+    assert result['fifths']['fid'][1] == pytest.approx(
+        fid.frechet_from_features(real[0], fake[0][1::5]), rel=1e-5
+    )
     assert any('13 samples' in note for note in result['notes'])
 
 
@@ -695,10 +788,14 @@ def test_saved_statistics_give_the_same_numbers(case, weights, loaded, net):
     assert bare['fid'] == pytest.approx(result['fid'], rel=1e-6)
     assert set(bare['left_out']) == {'sfid', 'precision', 'recall'}
     assert 'mu_s' in bare['left_out']['sfid'] and 'bare.npz' in bare['left_out']['recall']
-    half = fid.evaluate(case / 'half.npz', case / 'fake', *weights)           # as ADM's reference: both
-    assert half['fid'] == pytest.approx(fid.frechet(
-        fid.Gaussian(torch.from_numpy(arrays['mu'] / 2), torch.from_numpy(arrays['sigma'] / 2)),
-        fid.gaussian(features_of(case / 'fake', net))), rel=1e-6)
+    half = fid.evaluate(case / 'half.npz', case / 'fake', *weights)  # as ADM's reference: both
+    assert half['fid'] == pytest.approx(
+        fid.frechet(
+            fid.Gaussian(torch.from_numpy(arrays['mu'] / 2), torch.from_numpy(arrays['sigma'] / 2)),
+            fid.gaussian(features_of(case / 'fake', net)),
+        ),
+        rel=1e-6,
+    )
     assert half['precision'] == result['precision'] and 'sfid' in half['left_out']
 
 
@@ -711,9 +808,28 @@ def features_of(path, net):
 def test_two_processes_equal_one(case, weights):
     """From the command line, with torchrun; JSON on standard output, everything else on standard error."""
     found = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-         str(ROOT / 'fid.py'), 'real.npz', 'fake', '--weights', weights[0], '--sha256', weights[1], '--json'],
-        cwd=case, capture_output=True, text=True, timeout=300, env=os.environ | {'OMP_NUM_THREADS': '1'})
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node',
+            '2',
+            str(ROOT / 'fid.py'),
+            'real.npz',
+            'fake',
+            '--weights',
+            weights[0],
+            '--sha256',
+            weights[1],
+            '--json',
+        ],
+        cwd=case,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {'OMP_NUM_THREADS': '1'},
+    )
     assert found.returncode == 0, found.stderr
     two, one = json.loads(found.stdout), json.loads((case / 'result.json').read_text())
     assert two['processes'] == 2 and 'note: 13 samples' in found.stderr
@@ -723,6 +839,7 @@ def test_two_processes_equal_one(case, weights):
 
 class Small(torch.nn.Module):
     """In place of the network: linear maps of 4 x 4 pictures, so that thousands of images take a second."""
+
     def __init__(self):
         super().__init__()
         self.fc = torch.nn.Linear(2048, 8)
@@ -740,15 +857,22 @@ def test_images_are_split_and_gathered_in_file_order(count, tmp_path, monkeypatc
     np.savez(tmp_path / 'x.npz', arr_0=images)
     monkeypatch.setattr(fid, 'preprocess', lambda images, device: torch.from_numpy(np.array(images)).float())
     net, me, boxes = Small(), threading.local(), {1: queue.Queue(), 2: queue.Queue()}
-    monkeypatch.setattr(fid, 'dist', types.SimpleNamespace(
-        send=lambda rows, target: boxes[me.rank].put(rows),
-        recv=lambda part, source: part.copy_(boxes[source].get(timeout=60)), all_reduce=lambda flag: None))
+    monkeypatch.setattr(
+        fid,
+        'dist',
+        types.SimpleNamespace(
+            send=lambda rows, target: boxes[me.rank].put(rows),
+            recv=lambda part, source: part.copy_(boxes[source].get(timeout=60)),
+            all_reduce=lambda flag: None,
+        ),
+    )
     sides = [fid.open_side(tmp_path / 'x.npz') for _ in range(3)]
 
     def play(rank):
         me.rank = rank
         torch.set_num_threads(1)
         fid.extract(net, sides[rank], rank, 3)
+
     threads = [threading.Thread(target=play, args=[rank]) for rank in (1, 2)]
     for thread in threads:
         thread.start()
@@ -772,11 +896,28 @@ def test_all_processes_stop_when_one_cannot_download(tmp_path):
     """Offline, from the command line: a sentence from each of two processes, and no traceback of fid.py."""
     write('npz', tmp_path / 'x.npz', pictures(4, 4, 4))
     found = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-         str(ROOT / 'fid.py'), 'x.npz', 'x.npz'], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env=os.environ | {'OMP_NUM_THREADS': '1', 'TORCH_HOME': str(tmp_path), 'https_proxy': 'http://127.0.0.1:9'})
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node',
+            '2',
+            str(ROOT / 'fid.py'),
+            'x.npz',
+            'x.npz',
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ
+        | {'OMP_NUM_THREADS': '1', 'TORCH_HOME': str(tmp_path), 'https_proxy': 'http://127.0.0.1:9'},
+    )
     assert found.returncode != 0 and 'fid.py: no Inception weights here' in found.stderr
-    assert 'fid.py: another process could not read the weights' in found.stderr and '[rank' not in found.stderr
+    assert (
+        'fid.py: another process could not read the weights' in found.stderr and '[rank' not in found.stderr
+    )
 
 
 def test_all_processes_stop_when_one_cannot_read(tmp_path, monkeypatch):
@@ -787,7 +928,7 @@ def test_all_processes_stop_when_one_cannot_read(tmp_path, monkeypatch):
         fid.extract(Small(), side, 0, 2)
     side.path, side.read = 'y', fid.open_side(tmp_path / 'x.npz').read
     (tmp_path / 'x.npz').unlink()
-    with pytest.raises(fid.BadInput, match='x.npz is damaged'):               # its own reason, where it knows it
+    with pytest.raises(fid.BadInput, match='x.npz is damaged'):  # its own reason, where it knows it
         fid.extract(Small(), side, 0, 2)
 
 
@@ -795,14 +936,23 @@ def test_all_processes_stop_when_one_cannot_read(tmp_path, monkeypatch):
 def test_every_image_is_some_process_s(count, world):
     spans = [fid.share(count, 8, rank, world) for rank in range(world)]
     assert [i for start, stop in spans for i in range(start, stop)] == list(range(count))
-    assert all(start % 8 == 0 or start == count for start, _ in spans)  # whole batches, the same for any world
+    assert all(
+        start % 8 == 0 or start == count for start, _ in spans
+    )  # whole batches, the same for any world
 
 
 def stored(path, n, mean=0.0, **arrays):
     """A file as --save-stats writes it, of random features."""
     rng = generator(n)
     pool = rng.standard_normal((n, 2048)).astype(np.float32) + mean
-    np.savez(path, features=pool, weights=arrays.pop('weights', ''), mu=np.zeros(2048), sigma=np.eye(2048), **arrays)
+    np.savez(
+        path,
+        features=pool,
+        weights=arrays.pop('weights', ''),
+        mu=np.zeros(2048),
+        sigma=np.eye(2048),
+        **arrays,
+    )
     return path
 
 
@@ -824,21 +974,27 @@ def test_notes(weights, loaded, tmp_path, monkeypatch):
     for i in range(3):
         Image.fromarray(pictures(3)[i]).convert('L').save(tmp_path / 'p' / f'{i}.jpg')
     result = fid.evaluate(ref, tmp_path / 'p', *weights)
-    assert '3 pictures were grey' in ' '.join(result['notes']) and '3 pictures are JPEG' in ' '.join(result['notes'])
+    assert '3 pictures were grey' in ' '.join(result['notes']) and '3 pictures are JPEG' in ' '.join(
+        result['notes']
+    )
     assert result['left_out'] == {'sfid': f'no mu_s and sigma_s in {ref}'} | {
-        name: f'fewer than 4 images in {tmp_path / "p"}' for name in ('precision', 'recall')}
+        name: f'fewer than 4 images in {tmp_path / "p"}' for name in ('precision', 'recall')
+    }
 
-    monkeypatch.setattr(fid, 'FULL', 6000)                                    # 50,000 would take longer
+    monkeypatch.setattr(fid, 'FULL', 6000)  # 50,000 would take longer
     many = stored(tmp_path / 'many.npz', 6000)
     classes = torch.arange(6000) // 1200
     for order, sorted_ in ((classes, True), (classes[torch.randperm(6000)], False)):
-        monkeypatch.setattr(fid.Inception, 'logits', lambda net, pool, order=order: certain(order, of=8)[:len(pool)])
+        monkeypatch.setattr(
+            fid.Inception, 'logits', lambda net, pool, order=order: certain(order, of=8)[: len(pool)]
+        )
         notes = notes_of(ref, many, *weights)
         assert ('looks sorted by class' in notes) == sorted_ and 'samples:' not in notes
     assert '4 samples' in notes_of(many, ref, *weights)
 
 
 # ------------------------------------------------------------------------------------------------- command
+
 
 def run(argv, capsys, monkeypatch):
     """(exit status, standard output, standard error) of `python fid.py ARGV`."""
@@ -865,7 +1021,7 @@ def test_report(case, weights, capsys, monkeypatch):
     assert 'float16 distances' in out and 'FID of disjoint fifths, 2 images each' in out
     np.savez('only.npz', mu=np.zeros(2048), sigma=np.eye(2048))
     assert 'network' in dict(fid.report(result))
-    assert 'network' not in dict(fid.report(result | {'images_per_second': 0.0}))     # no image was looked at
+    assert 'network' not in dict(fid.report(result | {'images_per_second': 0.0}))  # no image was looked at
     status, out, err = run(['only.npz', 'only.npz'], capsys, monkeypatch)
     assert status == 0 and 'weights' not in out
     assert ['FID', '0.0000'] in [line.split() for line in out.splitlines()]
@@ -918,7 +1074,8 @@ REFUSED = [
     (['ok.npz', 'planes'], 'expected uint8 (n, 1 or 3, H, W)'),
     (['ok.npz', 'unreadable'], 'no readable data folder'),
     (['ok.npz', 'ok.npz', '--pr', 'fp8'], 'invalid choice'),
-    (['ok.npz', 'ok.npz', '--js'], 'unrecognized arguments')]
+    (['ok.npz', 'ok.npz', '--js'], 'unrecognized arguments'),
+]
 
 
 @pytest.fixture(scope='module')
@@ -929,10 +1086,18 @@ def mistakes(tmp_path_factory):
     x = generator().integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     unit = (x / np.float32(255)).astype(np.float32)
     unit[0, 0, 0, :2] = 0, 1
-    for name, array in {'ok': x, 'int': x.astype(int), 'first': x.transpose(0, 3, 1, 2).copy(), 'unit': unit,
-                        'signed': unit.astype(float) * 2 - 1, 'levels': (unit * 255).round(),
-                        'one': x[:1], 'scalar': x[0, 0, 0, 0],
-                        'fortran': np.asfortranarray(x), 'object': np.array([None, 'x'], object)}.items():
+    for name, array in {
+        'ok': x,
+        'int': x.astype(int),
+        'first': x.transpose(0, 3, 1, 2).copy(),
+        'unit': unit,
+        'signed': unit.astype(float) * 2 - 1,
+        'levels': (unit * 255).round(),
+        'one': x[:1],
+        'scalar': x[0, 0, 0, 0],
+        'fortran': np.asfortranarray(x),
+        'object': np.array([None, 'x'], object),
+    }.items():
         np.savez(f'{name}.npz', arr_0=array)
     np.savez('other.npz', images=x)
     mu, sigma = np.zeros(2048), np.eye(2048)
@@ -956,9 +1121,12 @@ def mistakes(tmp_path_factory):
     pathlib.Path('broken/1.png').write_bytes(b'not a picture')
     for i in range(2):
         Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(f'deep/{i}.png')
-    for name, kind, array in (('latents', 'latents', np.zeros((4, 4, 8, 8), np.float32)),
-                              ('floats', 'images', np.zeros((4, 3, 8, 8), np.float32)),
-                              ('planes', 'images', np.zeros((4, 4, 8, 8), np.uint8)), ('unreadable', 'images', None)):
+    for name, kind, array in (
+        ('latents', 'latents', np.zeros((4, 4, 8, 8), np.float32)),
+        ('floats', 'images', np.zeros((4, 3, 8, 8), np.float32)),
+        ('planes', 'images', np.zeros((4, 4, 8, 8), np.uint8)),
+        ('unreadable', 'images', None),
+    ):
         pathlib.Path(name).mkdir()
         pathlib.Path(name, 'meta.json').write_text(json.dumps({'kind': kind, 'classes': 0}))
         if array is not None:
@@ -974,15 +1142,17 @@ def test_refusals_exit_with_2_and_write_nothing(argv, words, mistakes, tmp_path,
     before = {path: path.stat().st_mtime_ns for path in mistakes.rglob('*')}
     status, out, err = run(argv, capsys, monkeypatch)
     assert status == 2 and words in err and out == '' and 'Traceback' not in err
-    assert 'usage' in err or err.count('\n') == 1                             # one sentence
-    assert {path: path.stat().st_mtime_ns for path in mistakes.rglob('*')} == before and not list(tmp_path.iterdir())
+    assert 'usage' in err or err.count('\n') == 1  # one sentence
+    assert {path: path.stat().st_mtime_ns for path in mistakes.rglob('*')} == before and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_damage_found_while_reading(tmp_path):
     """A picture cut in the middle, and pixels whose checksum is wrong: the headers are fine."""
     write('png', tmp_path / 'cut', pictures(6))
     content = (tmp_path / 'cut' / 'b' / '000005.png').read_bytes()
-    (tmp_path / 'cut' / 'b' / '000005.png').write_bytes(content[:len(content) // 2])
+    (tmp_path / 'cut' / 'b' / '000005.png').write_bytes(content[: len(content) // 2])
     with pytest.raises(fid.BadInput, match='000005.png cannot be read'):
         list(fid.open_side(tmp_path / 'cut').read(0, 6, 4))
     np.savez(tmp_path / 'flipped.npz', arr_0=pictures(40, 64, 64))
@@ -993,32 +1163,54 @@ def test_damage_found_while_reading(tmp_path):
         list(fid.open_side(tmp_path / 'flipped.npz').read(0, 40, 3))
 
 
-# ------------------------------------------------------------------------- mistakes, each made once on purpose
+# ------------------------------------------------------------------------ mistakes, each made once on purpose
 
 MISTAKES = {
     'half-pixel resize': (
         'torch.arange(SIZE, dtype=torch.float32) * (torch.tensor(length, dtype=torch.float32) / SIZE)',
-        '((torch.arange(SIZE) + 0.5) * length / SIZE - 0.5).clamp(min=0)', 'resize'),
+        '((torch.arange(SIZE) + 0.5) * length / SIZE - 0.5).clamp(min=0)',
+        'resize',
+    ),
     '2 x / 255 - 1': ('(resize(x) - 128) / 128', '(2 * resize(x) / 255 - 1)', 'range'),
     'spatial features of the next block': (
-        'x = self.Mixed_6d(x) ', 'x = self.Mixed_6e(self.Mixed_6d(x)) ', 'second_impl'),
+        'x = self.Mixed_6d(x) ',
+        'x = self.Mixed_6e(self.Mixed_6d(x)) ',
+        'second_impl',
+    ),
     'channels first': ('x[:, :7].permute(0, 2, 3, 1).flatten(1)', 'x[:, :7].flatten(1)', 'second_impl'),
     'softmax with bias': ('functional.linear(part, self.fc.weight)', 'self.fc(part)', 'logits'),
-    'shuffled splits': ('in torch.as_tensor(logits)', 'in interleaved(torch.as_tensor(logits), split)', 'splits'),
+    'shuffled splits': (
+        'in torch.as_tensor(logits)',
+        'in interleaved(torch.as_tensor(logits), split)',
+        'splits',
+    ),
     'ddof 0': ('self.scatter / (self.n - 1)', 'self.scatter / self.n', 'moments'),
     'ddof 0 of few': ('/ math.sqrt(n - 1)', '/ math.sqrt(n)', 'few_rows'),
     'average in Mixed_7c': ('if self.last:', 'if False:', 'second_impl'),
     'padding counted in A': (
-        'average(x, count_include_pad=False))], 1)  # departure 1', 'average(x))], 1)#', 'second_impl'),
+        'average(x, count_include_pad=False))], 1)  # departure 1',
+        'average(x))], 1)#',
+        'second_impl',
+    ),
     'padding counted in C': (
-        'average(x, count_include_pad=False))], 1)  # departure 2', 'average(x))], 1)#', 'second_impl'),
-    'padding counted in E': ('average(x, count_include_pad=False)  # departure 3', 'average(x)  #', 'second_impl'),
+        'average(x, count_include_pad=False))], 1)  # departure 2',
+        'average(x))], 1)#',
+        'second_impl',
+    ),
+    'padding counted in E': (
+        'average(x, count_include_pad=False)  # departure 3',
+        'average(x)  #',
+        'second_impl',
+    ),
     'k = 2': ('min(k + 1, near', 'min(k, near', 'three_neighbours'),
     'precision and recall swapped': (
         'return fake_in.double().mean().item(), real_in.double().mean().item()',
-        'return real_in.double().mean().item(), fake_in.double().mean().item()', 'what_they_say'),
+        'return real_in.double().mean().item(), fake_in.double().mean().item()',
+        'what_they_say',
+    ),
     'a ball without its rim': ('(d <= real_radii', '(d < real_radii', 'closed_ball'),
-    'no float16': ('return x.half().float()', 'return x', 'float16_distances')}
+    'no float16': ('return x.half().float()', 'return x', 'float16_distances'),
+}
 
 
 @pytest.mark.slow
@@ -1032,5 +1224,7 @@ def test_a_mistake_made_on_purpose_is_found(name, tmp_path):
         shutil.copy(other, tmp_path)
     (tmp_path / 'fid.py').write_text(text.replace(right, wrong))
     command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', 'tests/test_fid.py']
-    found = subprocess.run([*command, '-k', f'{test} and not mistake'], cwd=tmp_path, capture_output=True, text=True)
+    found = subprocess.run(
+        [*command, '-k', f'{test} and not mistake'], cwd=tmp_path, capture_output=True, text=True
+    )
     assert found.returncode == 1 and 'FAILED' in found.stdout, found.stdout[-2000:]
