@@ -185,7 +185,7 @@ class Head(nn.Module):
         self.prototypes = nn.Parameter(torch.zeros(PROTOTYPES, 256))
 
     def forward(self, tokens):
-        with torch.autocast(tokens.device.type, enabled=False):               # bfloat16 here ends in NaN
+        with torch.autocast('cuda' if tokens.is_cuda else 'cpu', enabled=False):         # bfloat16 gives NaN
             x = layer_norm(tokens.to(self.prototypes.dtype))
             x = self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(x)))))
             x, prototypes = functional.normalize(x, dim=-1), functional.normalize(self.prototypes, dim=-1)
