@@ -11,7 +11,8 @@ Writes, all in --out:
     log.jsonl              the header, then a line every --log-every steps and one every --eval-every
     samples-0010000.png    what the EMA weights make of the same noise, each time
 Run the same command again to resume: all randomness is a function of (seed, step, purpose), and no
-generator's state is stored.
+generator's state is stored. SIGTERM or Ctrl-C finishes the step, writes a checkpoint and exits with 128 + the
+signal's number (torchrun itself answers 1); a second one exits at once.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import os
 import pathlib
 import platform
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -256,6 +258,26 @@ def git_commit():
         return 'unknown'
 
 
+def heed_signals(world):
+    """A function that says which signal asked to stop, 0 for none: the same answer on all processes."""
+    asked = []
+
+    def on_signal(number, frame):
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    group = dist.new_group(backend='gloo') if world > 1 else None             # never waits for a GPU
+
+    def agreed():
+        number = torch.tensor(asked[:1] or [0])
+        if group:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group)
+        return number.item()
+    return agreed
+
+
 def check(args, cfg, world):
     """What does not depend on files. Raises BadInput."""
     share = world * args.accumulate
@@ -387,7 +409,7 @@ def train(args, cfg, dataset, start=None):
     if step == 0 and start:
         now_and_then(0)                                                       # tuning: before and after
     method_loss = model.dit_loss if cfg['stage'] == 'tune' else model.METHODS[cfg['method']]['loss']
-    sums, since = {}, 0
+    sums, since, stopped_by = {}, 0, heed_signals(world)
     clock = time.perf_counter()
     bar = tqdm(range(step, args.steps), initial=step, total=args.steps, disable=rank > 0 or None, unit='step')
     for step in bar:
@@ -445,9 +467,15 @@ def train(args, cfg, dataset, start=None):
         if step % args.eval_every == 0 or done:
             now_and_then(step)
             clock = time.perf_counter()
-        if step % args.save_every == 0 or done:
+        stop = stopped_by()
+        if step % args.save_every == 0 or done or stop:
             checkpoint(step)
             clock = time.perf_counter()
+        if stop and not done:
+            if rank == 0:
+                tqdm.write(f'stopped by {signal.Signals(stop).name} after step {step}, with a checkpoint: the '
+                           f'same command goes on from here')
+            sys.exit(128 + stop)
 
     path = out / f'{step:07d}.pt'
     if rank == 0:

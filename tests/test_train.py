@@ -6,6 +6,7 @@ import pathlib
 import re
 import resource
 import runpy
+import signal
 import shlex
 import subprocess
 import sys
@@ -272,6 +273,50 @@ def test_a_failed_picture_does_not_end_a_run(shapes, tmp_path, monkeypatch, caps
     run(shapes, tmp_path, '--steps', '1', '--preview', '2')
     assert 'no picture at step 1: [Errno 28] No space left' in capsys.readouterr().out
     assert (tmp_path / '0000001.pt').exists()
+
+
+def start(*command, cwd):
+    """A command of ours that runs beside the test, its output in a pipe."""
+    environment = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE)
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.startswith(f'step {step}/'):
+            return
+    raise AssertionError('it ended before')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_writes_a_checkpoint(shapes, tmp_path, number):
+    flags = [*TINY, '--data', str(shapes), '--steps', '3000', '--out', 'out']
+    process = start(sys.executable, ROOT / 'train.py', *flags, cwd=tmp_path)
+    wait_for_step(process, 3)
+    process.send_signal(number)
+    told = process.stdout.read()
+    assert process.wait() == 128 + number
+    path, = (tmp_path / 'out').glob('*.pt')
+    step = int(path.stem)
+    assert f'stopped by {number.name} after step {step}' in told
+    assert 3 <= model.read_checkpoint(path)['step'] == step < 3000
+    run(shapes, tmp_path / 'out', '--steps', str(step + 2))                   # goes on as if nothing had been
+    run(shapes, tmp_path / 'whole', '--steps', str(step + 2))
+    assert same(*(model.read_checkpoint(tmp_path / name / f'{step + 2:07d}.pt') for name in ('out', 'whole')))
+    assert [line['step'] for line in lines(tmp_path / 'out')] == list(range(1, step + 3))
+
+
+@pytest.mark.slow
+def test_a_signal_stops_all_processes_at_one_step(shapes, tmp_path):
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    flags = [*TINY, '--data', str(shapes), '--steps', '3000', '--out', 'out']
+    process = start(*torchrun, ROOT / 'train.py', *flags, cwd=tmp_path)
+    wait_for_step(process, 3)
+    process.send_signal(signal.SIGTERM)
+    told = process.stdout.read()
+    assert process.wait() != 0 and told.count('stopped by SIGTERM') == 1
+    path, = (tmp_path / 'out').glob('*.pt')
+    run(shapes, tmp_path / 'out', '--steps', str(int(path.stem) + 1))
 
 
 # -------------------------------------------------------------------------------------------------- tuning
