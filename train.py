@@ -473,8 +473,8 @@ def train(args, cfg, dataset, start=None):
             clock = time.perf_counter()
         if stop and not done:
             if rank == 0:
-                tqdm.write(f'stopped by {signal.Signals(stop).name} after step {step}, with a checkpoint: the '
-                           f'same command goes on from here')
+                tqdm.write(f'stopped by {signal.Signals(stop).name} after step {step}, with a checkpoint: '
+                           f'the same command goes on from here')
             sys.exit(128 + stop)
 
     path = out / f'{step:07d}.pt'

@@ -277,8 +277,8 @@ def test_a_failed_picture_does_not_end_a_run(shapes, tmp_path, monkeypatch, caps
 
 def start(*command, cwd):
     """A command of ours that runs beside the test, its output in a pipe."""
-    environment = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
-    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE)
+    calm = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=calm, text=True, stdout=subprocess.PIPE)
 
 
 def wait_for_step(process, step):
