@@ -411,7 +411,7 @@ def make_teacher(net, cfg):
             del teacher.fill_embed                                           # it runs on all tokens: no holes
         else:
             teacher = EMADecoder(net)
-    return teacher if teacher is None else teacher.requires_grad_(False)
+    return teacher if teacher is None else teacher.requires_grad_(False).to(net.pos.device)
 
 
 def update_teacher(teacher, net, step, cfg):

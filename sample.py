@@ -271,6 +271,7 @@ def main(argv=None):
     device = torch.device('cpu')
     if torch.cuda.is_available():
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     barrier = dist.barrier if world > 1 else lambda: None
