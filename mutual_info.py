@@ -266,7 +266,7 @@ def write_csv(path, found, table, calibration, settings, networks):
                    'gaussian': linear, 'mean': mean, 'deviation': deviation, 'off': far}
                   for sigma, mean, deviation, far in cells for seed, mask, value, linear in found[row, sigma]]
     with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, [*dict.fromkeys(key for line in lines[::-1] for key in line), 'true', *settings])
+        writer = csv.DictWriter(file, [*lines[-1], 'true', *settings])
         writer.writeheader()
         writer.writerows(settings | line for line in lines)
 
@@ -356,14 +356,13 @@ def panel(pen, left, title, across, curves, log):
     pen.text((left, top - 40), title, 'black', font)
     pen.text(((left + right) / 2, bottom + 66), across, 'black', font, anchor='mm')
     for i, (colour, dashed, some) in enumerate(curves.values()):
-        polyline(pen, [at(x, y) for x, y, *_ in some], colour, dashed)
-        for x, y, e, hollow in some:
-            (u, v), (_, low), (_, high) = at(x, y), at(x, y - e), at(x, y + e)
+        aside = (i - len(curves) / 2) * min(5, 60 / len(curves)) if some[0][2] else 0        # bars side by side
+        spots = [[(u + aside, v) for u, v in (at(x, y), at(x, y - e), at(x, y + e))] for x, y, e, _ in some]
+        polyline(pen, [spot for spot, _, _ in spots], colour, dashed)
+        for ((u, v), low, high), (_, _, e, hollow) in zip(spots, some):
             if e:
-                u += 5 * (i - len(curves) / 2)                                # bars beside each other
-                pen.line([u, low, u, high], colour, LINE // 2)
-                pen.line([u - 6, low, u + 6, low], colour, LINE // 2)
-                pen.line([u - 6, high, u + 6, high], colour, LINE // 2)
+                for line in ([low, high], [(u - 6, low[1]), (u + 6, low[1])], [(u - 6, high[1]), (u + 6, high[1])]):
+                    pen.line(line, colour, LINE // 2)
                 pen.ellipse([u - 6, v - 6, u + 6, v + 6], 'white' if hollow else colour, colour, LINE // 2)
 
 
@@ -371,7 +370,8 @@ def chart(path, panels, caption):
     """A PNG of panels (title, across, curves, log) side by side, one legend for all, and lines below."""
     names = {name: curve for _, _, curves, _ in panels for name, curve in curves.items()}
     font, right = ImageFont.load_default(LETTERS), len(panels) * (MARGIN + WIDTH) + 30
-    width = right + 110 + int(max(font.getlength(name) for name in names))
+    width = int(max([right + 110 + font.getlength(name) for name in names]
+                    + [MARGIN + 30 + font.getlength(words) for words in caption]))
     sheet = Image.new('RGB', (width, max(80 + 40 * len(names), HEIGHT + 180 + 34 * len(caption))), 'white')
     pen = ImageDraw.Draw(sheet)
     for i, one in enumerate(panels):
@@ -382,7 +382,7 @@ def chart(path, panels, caption):
     for i, words in enumerate(caption):
         pen.text((MARGIN, HEIGHT + 175 + 34 * i), words, 'black', font)
     temporary = f'{path}.tmp{os.getpid()}'
-    sheet.resize((width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(temporary, 'PNG')
+    sheet.reduce(2).save(temporary, 'PNG')
     os.replace(temporary, path)
 
 
@@ -426,9 +426,9 @@ def draw_attention(path, dataset, show, sigmas, networks):
     x0, y, noise = read(dataset, np.array(show), 0)
     noisy = [x0] + [(x0 + sigma * noise) / math.sqrt(1 + sigma ** 2) for sigma in sigmas]
     noisy = [x if x.shape[1] in (1, 3) else x[:, :1] / 3 for x in noisy]      # of latents, one channel
-    rows = {'noisy': [data.to_uint8(x).expand(-1, 3, -1, -1) for x in noisy]}
+    rows = {'clean': [data.to_uint8(x).expand(-1, 3, -1, -1) for x in noisy]}
     for name, _, net, cfg in networks:
-        rows[name] = [torch.full_like(rows['noisy'][0], 255)]
+        rows[name] = [torch.full_like(rows['clean'][0], 255)]
         for sigma in sigmas:
             maps = attended(net, cfg, (x0 + sigma * noise).to(net.pos.device), sigma, y.to(net.pos.device)).cpu()
             low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
@@ -436,7 +436,8 @@ def draw_attention(path, dataset, show, sigmas, networks):
             v = v.repeat_interleave(net.patch, 1).repeat_interleave(net.patch, 2)            # (B, H, W)
             rows[name].append((torch.stack([v, v - 1, v - 2], 1).clamp(0, 1) * 255).to(torch.uint8))
     tiles = [tile[i] for i in range(len(show)) for row in rows.values() for tile in row]
-    titles = [title for _ in show for name in rows for title in (name, *(f'sigma {sigma:g}' for sigma in sigmas))]
+    levels = [f'sigma {sigma:g}' for sigma in sigmas]
+    titles = [title for _ in show for name in rows for title in (name, *levels)]
     data.save_grid(path, torch.stack(tiles).numpy(), titles, columns=1 + len(sigmas))
 
 
