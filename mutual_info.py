@@ -5,9 +5,9 @@
     python mutual_info.py --data shapes --attention maps.png a/0010000.pt b/0010000.pt      # Figure 6
     python mutual_info.py --curves curves.png a b                   # Figure 3, from the log.jsonl of two runs
 
-MC-DiT (NeurIPS 2024) argues with its Figure 1(a) and Proposition 2 that noisy visible patches tell the less of
-noisy masked patches the more noise there is, and that clean ones do not suffer. The first command measures that
-in nats, at several noise levels, with the same images, masks and noise in every row:
+MC-DiT (NeurIPS 2024) argues with its Figure 1(a) and Proposition 2 that noisy visible patches tell the less
+of noisy masked patches the more noise there is, and that clean ones do not suffer. The first command measures
+that in nats, at several noise levels, with the same images, masks and noise in every row:
 
     clean images            I(x1_0; x2_0)  1: masked patches, 2: visible ones, as in Proposition 2
     mixed, clean / noisy    I(x1_0; x2_t)
@@ -24,11 +24,10 @@ whose information is known, and each number gets a * where it is more than 10 % 
     estimated      -0.00    0.10    0.25    0.50    0.99    1.95    2.84    3.64    4.30    4.78    5.32
     error             4%      0%      2%      0%      1%      2%      5%      9%     14%*    20%*    33%*
 
-so it is trusted up to 4 nats; with --dims 8 it falls 40 % short. Shapes are no Gaussians: the .csv has beside
-each number the one of a Gaussian with the same covariance. With a network drawn in a few minutes of training,
-the rows say more of the training than of the method.
+so it is trusted up to 4 nats; with --dims 8 it misses half. Images are no Gaussians, and nothing calibrates
+that: the .csv has beside each number the information of Gaussians with the same covariance.
 
-Letters: n images    C, H, W channels, height, width    d = --dims    N tokens    x, y the two sides, (n, d) each
+Letters: n images    C, H, W channels, height, width    d = --dims    N tokens    x, y the sides, (n, d) each
 """
 
 import argparse
@@ -59,15 +58,15 @@ JITTER = 1e-10                                # of a standard deviation: breaks 
 
 
 def gaussian(S, d):
-    """I(x; y) of Gaussians with covariance S, x the first d coordinates: -1/2 sum ln(1 - rho^2), where rho are the
-    canonical correlations, the singular values of the whitened cross-covariance. Exact."""
+    """I(x; y) of Gaussians with covariance S, x the first d coordinates: -1/2 sum ln(1 - rho^2) over the
+    canonical correlations rho, the singular values of the whitened cross-covariance. Exact."""
     Lx, Ly = np.linalg.cholesky(S[:d, :d]), np.linalg.cholesky(S[d:, d:])
     rho = np.linalg.svd(np.linalg.solve(Ly, np.linalg.solve(Lx, S[:d, d:]).T), compute_uv=False)
     return -0.5 * np.log1p(-np.minimum(rho ** 2, 1 - 1e-15)).sum()
 
 
 def standardise(x):
-    """Each coordinate with mean 0 and deviation 1, which changes no information. Raises BadInput for constants."""
+    """Each coordinate with mean 0 and deviation 1, which keeps all information. BadInput for constants."""
     deviation = x.std(0)
     if not (deviation > 1e-9 * abs(x).max(0)).all():
         raise BadInput('one side of a mask is the same in every image, so there is nothing to measure')
@@ -79,10 +78,10 @@ def ksg(x, y):
     n, rng, threads = len(x), np.random.default_rng(0), torch.get_num_threads()
     x, y = (standardise(side) + JITTER * rng.standard_normal(side.shape) for side in (x, y))
     both = np.hstack([x, y])
-    reach = cKDTree(both).query(both, NEIGHBOURS + 1, p=np.inf, workers=threads)[0][:, -1]   # + 1: a point itself
-    nearer = np.nextafter(reach, 0)                                           # strictly, than the k-th neighbour
+    reach = cKDTree(both).query(both, NEIGHBOURS + 1, p=np.inf, workers=threads)[0][:, -1]   # + 1: itself
+    nearer = np.nextafter(reach, 0)                                           # strictly, than the k-th one
     n_x, n_y = (cKDTree(side).query_ball_point(side, nearer, p=np.inf, return_length=True, workers=threads)
-                for side in (x, y))                                           # KSG's n_x + 1: the point is counted
+                for side in (x, y))                                           # KSG's n_x + 1: with itself
     return digamma(NEIGHBOURS) + digamma(n) - (digamma(n_x) + digamma(n_y)).mean()           # KSG eq. 8
 
 
@@ -94,7 +93,7 @@ TOO_FAR, SMALL = 0.1, 0.1                     # marked: 10 % off, and of 0.1 nat
 
 
 def calibrate(d, n):
-    """What `ksg` makes of n pairs of d equally correlated Gaussian coordinates: mean, deviation, each like TRUE."""
+    """What `ksg` makes of n pairs of d equally correlated Gaussian numbers: means, deviations for TRUE."""
     rng, found = np.random.default_rng(0), np.empty((len(TRUE), CALIBRATIONS))
     for i, information in enumerate(tqdm(TRUE, 'calibrating', leave=False, disable=None)):
         rho = math.sqrt(1 - math.exp(-2 * information / d))                   # -d/2 ln(1 - rho^2) nats
@@ -120,7 +119,7 @@ def distrust(value, calibrated):
 def choose(dataset, images, seed):
     """Rows of the data set, drawn by `seed`. A second copy of an image is left out: it would be the nearest
     neighbour of the first on both sides, and look like information."""
-    rows = np.sort(np.random.default_rng([seed, 0]).permutation(dataset.count)[:images])     # sorted: a memory map
+    rows = np.sort(np.random.default_rng([seed, 0]).permutation(dataset.count)[:images])     # as on the disk
     return rows[sorted({row.numpy().tobytes(): i for i, row in enumerate(dataset.rows(rows)[0])}.values())]
 
 
@@ -128,11 +127,12 @@ def read(dataset, rows, seed):
     """x0, labels, and noise of unit variance (n, C, H, W)."""
     raw, y = dataset.rows(rows)
     shape = (len(rows), dataset.channels, dataset.resolution, dataset.resolution)
-    latent, noise = (torch.randn(shape, generator=model.generator('cpu', seed, what)) for what in ('latent', 'noise'))
+    latent, noise = (torch.randn(shape, generator=model.generator('cpu', seed, purpose))
+                     for purpose in ('latent', 'noise'))
     x0 = dataset.to_input(raw, latent)
     broken = rows[(~torch.isfinite(x0)).flatten(1).any(1).numpy()]
     if len(broken):
-        raise BadInput(f'{dataset.path}/data.npy holds values that are not finite numbers, first in image {broken[0]}')
+        raise BadInput(f'{dataset.path}/data.npy has numbers that are not finite, first in image {broken[0]}')
     return x0, y, noise
 
 
@@ -147,7 +147,7 @@ def draw_mask(resolution, square, ratio, seed, number):
 
 
 def fit(x0, where, d):
-    """A side of a mask: its pixels, the mean of clean images there, and their first d principal components."""
+    """A side of a mask: its pixels, the mean of clean images there, and d principal components."""
     values = x0[:, :, where].flatten(1).double().numpy()                      # (n, C * pixels)
     mean = values.mean(0)
     _, size, axes = np.linalg.svd(values - mean, full_matrices=False)
@@ -165,7 +165,7 @@ def project(x, side):
 
 # ------------------------------------------------------------------------------------ what a network makes
 
-BATCH = 250
+BATCH = 50                                    # of small networks, what a processor's caches hold
 
 
 def masked_path(cfg):
@@ -175,12 +175,12 @@ def masked_path(cfg):
 
 @torch.no_grad()
 def look(net, cfg, x0, xt, sigma, y, seen=None):
-    """D (n, C, H, W), what a network makes of noisy images: its masked path with the pixels `seen` (H, W) visible
-    and the rest filled as in training, or with None its inference path."""
+    """D (n, C, H, W), what a network makes of noisy images: its masked path, with the pixels `seen` (H, W)
+    visible and the rest filled as in training, or without them its inference path."""
     p, sd, device, made = net.patch, cfg['sigma_data'], net.pos.device, []
     for rows in torch.arange(len(xt)).split(BATCH):
-        x, clean, levels = xt[rows].to(device), x0[rows].to(device), torch.full((len(rows),), sigma, device=device)
-        visible = patches = None
+        x, clean = xt[rows].to(device), x0[rows].to(device)
+        levels, visible, patches = torch.full((len(x),), sigma, device=device), None, None
         if seen is not None:
             visible = seen[::p, ::p].flatten().nonzero().T.expand(len(x), -1).to(device)     # (n, K)
             if cfg['method'] == 'sddit':
@@ -197,9 +197,10 @@ def open_networks(paths, dataset):
     device, networks = torch.device('cuda' if torch.cuda.is_available() else 'cpu'), []
     for path in paths:
         net, cfg = model.load_net(path, device)
-        if (cfg['channels'], cfg['resolution']) != (dataset.channels, dataset.resolution):
-            raise BadInput(f'{path} was made for {cfg["channels"]} x {cfg["resolution"]} x {cfg["resolution"]}, and '
-                           f'{dataset.path} holds {dataset.channels} x {dataset.resolution} x {dataset.resolution}')
+        C, H = cfg['channels'], cfg['resolution']
+        if (C, H) != (dataset.channels, dataset.resolution):
+            raise BadInput(f'{path} was made for {C} x {H} x {H}, and {dataset.path} holds '
+                           f'{dataset.channels} x {dataset.resolution} x {dataset.resolution}')
         if cfg['classes'] not in (0, dataset.classes):
             raise BadInput(f'{path} knows {cfg["classes"]} classes, and {dataset.path} has {dataset.classes}')
         if hasattr(net, 'head'):
@@ -218,8 +219,8 @@ MASKED, INFERENCE = ', masked path', ', inference path'
 
 
 def measure(samples, splits, sigmas, networks):
-    """{(row, sigma): [(seed, mask, ksg, gaussian), ..]}. `samples` has x0, y, noise for each seed, and `splits`
-    a list for each seed: visible (H, W), masked side, visible side."""
+    """{(row, sigma): [(seed, mask, ksg, gaussian), ..]}. For each seed `samples` has x0, y, noise, and
+    `splits` a list of visible pixels (H, W), masked side, visible side."""
     found = {}
     total = sum(map(len, splits)) * len(sigmas) * (3 + sum(1 + masked_path(cfg) for *_, cfg in networks))
     with tqdm(total=total, desc='measuring', disable=None) as bar:
@@ -228,8 +229,8 @@ def measure(samples, splits, sigmas, networks):
                 raise BadInput(f'{row}: not finite numbers at sigma {sigma:g}, so this network has diverged')
             _, masked, visible = splits[seed][mask]
             x, y = standardise(project(x1, masked)), standardise(project(x2, visible))
-            linear = gaussian(np.cov(np.hstack([x, y]).T), x.shape[1])
-            found.setdefault((row, sigma), []).append((seed, mask, ksg(x, y), linear))
+            S = np.cov(np.hstack([x, y]).T) + JITTER * np.eye(2 * x.shape[1])                # never singular
+            found.setdefault((row, sigma), []).append((seed, mask, ksg(x, y), gaussian(S, x.shape[1])))
             bar.update()
 
         for (seed, (x0, y, noise)), sigma in itertools.product(enumerate(samples), sigmas):
@@ -250,32 +251,35 @@ def measure(samples, splits, sigmas, networks):
 def summarise(found, calibrated):
     """{row: [(sigma, mean, deviation, how far off), ..]}"""
     table = {}
-    for (row, sigma), numbers in found.items():
+    for (row, sigma), numbers in sorted(found.items(), key=lambda item: item[0][1]):
         values = [value for _, _, value, _ in numbers]
-        table.setdefault(row, {})[sigma] = np.mean(values), np.std(values, ddof=1), distrust(np.mean(values), calibrated)
-    return {row: [(sigma, *cells[sigma]) for sigma in sorted(cells)] for row, cells in table.items()}
+        mean = np.mean(values)
+        table.setdefault(row, []).append((sigma, mean, np.std(values, ddof=1), distrust(mean, calibrated)))
+    return table
 
 
 def write_csv(path, found, table, calibration, settings, networks):
-    """Every number with every setting, a line a mask; then the calibration."""
+    """Every number with every setting, a line a mask; before them the calibration."""
     paths = {name + way: path for name, path, *_ in networks for way in (MASKED, INFERENCE)}
-    lines = [{'row': 'calibration', 'true': true, 'mean': mean, 'deviation': deviation, 'off': off(true, mean)}
-             for true, mean, deviation in zip(TRUE, *calibration)]
-    for row, cells in table.items():
-        lines += [{'row': row, 'checkpoint': paths.get(row), 'sigma': sigma, 'seed': seed, 'mask': mask, 'ksg': value,
-                   'gaussian': linear, 'mean': mean, 'deviation': deviation, 'off': far}
-                  for sigma, mean, deviation, far in cells for seed, mask, value, linear in found[row, sigma]]
     with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, [*lines[-1], 'true', *settings])
-        writer.writeheader()
-        writer.writerows(settings | line for line in lines)
+        lines = csv.writer(file)
+        lines.writerow(['row', 'checkpoint', 'sigma', 'seed', 'mask', 'true', 'ksg', 'gaussian', 'mean',
+                        'deviation', 'off', *settings])
+        for true, mean, deviation in zip(TRUE, *calibration):
+            lines.writerow(['calibration', '', '', '', '', true, '', '', mean, deviation, off(true, mean),
+                            *settings.values()])
+        for row, cells in table.items():
+            for sigma, mean, deviation, far in cells:
+                for seed, mask, value, linear in found[row, sigma]:
+                    lines.writerow([row, paths.get(row), sigma, seed, mask, '', value, linear, mean,
+                                    deviation, far, *settings.values()])
 
 
 # -------------------------------------------------------------------------------------------- Proposition 2
 
 def proposition_2(S, d, sigma):
-    """Left and right of MC-DiT eq. 5, then of eq. 6, for Gaussian patches x1_0 (the first d coordinates of the
-    covariance S) and x2_0, under white noise of deviation sigma. Every term is a closed form."""
+    """Left and right of MC-DiT eq. 5, then of eq. 6, for Gaussian patches with covariance S, x1_0 the first d
+    coordinates and x2_0 the rest, under white noise of deviation sigma. Every term is a closed form."""
     T = np.block([[S, S], [S, S + sigma ** 2 * np.eye(len(S))]])              # of (x1_0, x2_0, x1_t, x2_t)
     x1_0, x2_0, x1_t, x2_t = np.split(np.arange(len(T)), [d, len(S), len(S) + d])
 
@@ -288,7 +292,7 @@ def proposition_2(S, d, sigma):
 
     def kl(a, b, c):                                                          # E KL(p(a | b) || p(a | c))
         (A, P), (B, Q) = given(a, b), given(a, c)
-        M = np.hstack([A, -B])                                                # A b - B c, the distance of the means
+        M = np.hstack([A, -B])                                                # A b - B c, between the means
         P_and_distance = P + M @ T[np.ix_([*b, *c], [*b, *c])] @ M.T
         return 0.5 * (np.trace(np.linalg.solve(Q, P_and_distance)) - len(a)
                       + np.linalg.slogdet(Q)[1] - np.linalg.slogdet(P)[1])
@@ -298,12 +302,12 @@ def proposition_2(S, d, sigma):
 
 
 def print_proposition_2(S, d, sigmas):
-    print(f'Gaussians with the covariance of the data, {d} components a side: I(x1_0; x2_0) = {gaussian(S, d):.6f} nats')
+    print(f'Gaussians with the covariance of the data, {d} components a side, clean: {gaussian(S, d):.6f}')
     print('   sigma   I(x1_0; x2_t)  right of eq. 5   I(x1_t; x2_t)  right of eq. 6  difference')
     for sigma in sigmas:
         a, b, c, e = proposition_2(S, d, sigma)
         print(f'{sigma:8.3g}{a:16.6f}{b:16.6f}{c:16.6f}{e:16.6f}{max(abs(a - b), abs(c - e)):12.0e}')
-    print('x1_t - x1_0 - x2_0 - x2_t is a Markov chain, so where the paper writes "approximately" they are equal.')
+    print('x1_t - x1_0 - x2_0 - x2_t is a Markov chain, so the "approximately" of the paper is "equals".')
 
 
 # ------------------------------------------------------------------------------------------------- charts
@@ -356,13 +360,14 @@ def panel(pen, left, title, across, curves, log):
     pen.text((left, top - 40), title, 'black', font)
     pen.text(((left + right) / 2, bottom + 66), across, 'black', font, anchor='mm')
     for i, (colour, dashed, some) in enumerate(curves.values()):
-        aside = (i - len(curves) / 2) * min(5, 60 / len(curves)) if some[0][2] else 0        # bars side by side
+        aside = (i - len(curves) / 2) * min(5, 60 / len(curves)) if some[0][2] else 0        # bars in a row
         spots = [[(u + aside, v) for u, v in (at(x, y), at(x, y - e), at(x, y + e))] for x, y, e, _ in some]
         polyline(pen, [spot for spot, _, _ in spots], colour, dashed)
         for ((u, v), low, high), (_, _, e, hollow) in zip(spots, some):
             if e:
-                for line in ([low, high], [(u - 6, low[1]), (u + 6, low[1])], [(u - 6, high[1]), (u + 6, high[1])]):
-                    pen.line(line, colour, LINE // 2)
+                pen.line([low, high], colour, LINE // 2)
+                for _, end in (low, high):
+                    pen.line([u - 6, end, u + 6, end], colour, LINE // 2)
                 pen.ellipse([u - 6, v - 6, u + 6, v + 6], 'white' if hollow else colour, colour, LINE // 2)
 
 
@@ -393,17 +398,17 @@ def draw_information(path, table, networks, settings):
         colours[name + MASKED] = colours[name + INFERENCE] = COLOURS[i % len(COLOURS)]
     curves = {row: (colours[row], row.endswith(MASKED), [(*cell[:3], cell[3] > TOO_FAR) for cell in cells])
               for row, cells in table.items()}
-    words = ('{data}: {images} images, {dims} principal components a side, {mask_ratio:.0%} masked; bars: deviation over '
-             '{seeds} seeds x {masks} masks; hollow: off by 10 %')
-    leaks = 'masked paths (dashed): the skip connection leaks the input, and mcdit is given clean masked patches'
-    chart(path, [('information between visible and masked patches, nats', 'noise level sigma', curves, True)],
-          [words.format(**settings), leaks])
+    words = ('{data}: {images} images, {dims} principal components a side, {mask_ratio:.0%} masked; '
+             'bars: deviation over {seeds} seeds x {masks} masks; hollow: off by 10 %').format(**settings)
+    leaks = 'dashed, masked paths: the skip connection leaks the input; mcdit is given clean masked patches'
+    title = 'information between visible and masked patches, nats'
+    chart(path, [(title, 'noise level sigma', curves, True)], [words, leaks])
 
 
 # ----------------------------------------------------------------------------- attention: MC-DiT Figure 6
 
 def attention(block, qkv, index):
-    """softmax(q k^T / sqrt(n) + bias), (B, heads, N, N), which the network's own fused attention never shows."""
+    """softmax(q k^T / sqrt(n) + bias), (B, heads, N, N): what the network's fused attention never shows."""
     q, k, _ = qkv.unflatten(2, (3, block.heads, -1)).permute(2, 0, 3, 1, 4)   # (B, heads, N, n)
     bias = 0 if block.bias is None else block.bias[index].movedim(-1, 0)      # (heads, N, N)
     return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) + bias).softmax(-1)
@@ -411,18 +416,18 @@ def attention(block, qkv, index):
 
 @torch.no_grad()
 def attended(net, cfg, xt, sigma, y):
-    """(B, g, g): how much attention each token gets in the encoder's last block, averaged over heads and tokens."""
+    """(B, g, g): the attention each token gets in the encoder's last block, a mean over heads and tokens."""
     seen = []
     hook = net.blocks[-1].qkv.register_forward_hook(lambda layer, inputs, qkv: seen.append(qkv))
     model.denoise(net, xt, torch.full((len(xt),), sigma, device=xt.device), y, cfg)
     hook.remove()
     maps = attention(net.blocks[-1], seen[0], getattr(net, 'relative', None)).mean((1, 2))   # (B, N)
-    return maps[:, -net.grid ** 2:].unflatten(1, (net.grid, net.grid))        # without SD-DiT's [CLS], the first
+    return maps[:, -net.grid ** 2:].unflatten(1, (net.grid, net.grid))        # SD-DiT's [CLS] comes first
 
 
 def draw_attention(path, dataset, show, sigmas, networks):
-    """For each image a row of its noisy versions, and a row a network: black where least is looked at, then red,
-    yellow, and white where most is."""
+    """For each image a row of its noisy versions, and a row a network: black where it looks least, then red,
+    yellow, and white where it looks most."""
     x0, y, noise = read(dataset, np.array(show), 0)
     noisy = [x0] + [(x0 + sigma * noise) / math.sqrt(1 + sigma ** 2) for sigma in sigmas]
     noisy = [x if x.shape[1] in (1, 3) else x[:, :1] / 3 for x in noisy]      # of latents, one channel
@@ -430,7 +435,10 @@ def draw_attention(path, dataset, show, sigmas, networks):
     for name, _, net, cfg in networks:
         rows[name] = [torch.full_like(rows['clean'][0], 255)]
         for sigma in sigmas:
-            maps = attended(net, cfg, (x0 + sigma * noise).to(net.pos.device), sigma, y.to(net.pos.device)).cpu()
+            xt, labels = (x0 + sigma * noise).to(net.pos.device), y.to(net.pos.device)
+            maps = attended(net, cfg, xt, sigma, labels).cpu()
+            if not torch.isfinite(maps).all():
+                raise BadInput(f'{name}: attention that is not finite at sigma {sigma:g}, so it has diverged')
             low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
             v = (maps - low) / (high - low).clamp(min=1e-12) * 3
             v = v.repeat_interleave(net.patch, 1).repeat_interleave(net.patch, 2)            # (B, H, W)
@@ -447,16 +455,16 @@ ON_CLEAN = ('clean', 'denoise', 'full', 'generate')       # the part of each met
 
 
 def read_losses(folder):
-    """(name, [(step, training loss), ..], [(step, held-out loss), ..]) from a run's log.jsonl. Raises BadInput."""
+    """name, [(step, training loss), ..], [(step, held-out loss), ..] of a run. Raises BadInput."""
     path, lines = pathlib.Path(folder) / 'log.jsonl', []
     try:
         for text in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):                   # a last line that a kill cut short
+            with contextlib.suppress(json.JSONDecodeError):                   # a kill cut the last line short
                 lines.append(json.loads(text))
         cfg = lines[0]['config']
         name = f'{cfg["method"]} {cfg["model"]}' + ', tuned' * (cfg['stage'] == 'tune')
         trained = [(at['step'], at[part]) for at in lines for part in ON_CLEAN if part in at]
-        held_out = [(at['step'], sum(at['held_out']) / len(at['held_out'])) for at in lines if 'held_out' in at]
+        held_out = [(at['step'], np.mean(at['held_out'])) for at in lines if 'held_out' in at]
     except OSError as problem:
         raise BadInput(f'{path} cannot be read, give the --out folders of runs: {problem.strerror}') from None
     except (IndexError, KeyError, TypeError, UnicodeDecodeError):
@@ -476,59 +484,61 @@ def draw_losses(path, folders):
             some[name] = COLOURS[i % len(COLOURS)], False, [(step, loss, 0, False) for step, loss in points]
     chart(path, [('training loss, clean targets', 'step', curves[0], False),
                  ('held-out loss, mean over noise levels', 'step', curves[1], False)],
-          ['training loss (MC-DiT eq. 8): over visible patches for maskdit and mcdit, over all patches for the rest'])
+          ['training: of visible patches for maskdit and mcdit (MC-DiT eq. 8), of all patches for the rest'])
 
 
 # ------------------------------------------------------------------------------------------- command line
 
-DEFAULTS = {'dims': 2, 'masks': 2, 'seeds': 2, 'mask_ratio': 0.5, 'sigmas': [0.1, 0.3, 1.0, 3.0, 10.0, 30.0],
+DEFAULTS = {'dims': 2, 'masks': 2, 'seeds': 2, 'mask_ratio': 0.5, 'sigmas': [0.1, 0.3, 1.0, 3.0, 10.0],
             'out': 'mutual_info'}
 IMAGES, ENOUGH = 1000, 50                     # for each seed; at least, for each of --dims
-READS = {'measure': {'checkpoints', 'data', 'images', *DEFAULTS},
+READS = {'measure': {'CKPT', 'data', 'images', *DEFAULTS},
          'proposition_2': {'data', 'images', 'dims', 'mask_ratio', 'sigmas'},
-         'attention': {'checkpoints', 'data', 'sigmas', 'show'}, 'curves': set()}
+         'attention': {'CKPT', 'data', 'sigmas', 'show'}, 'curves': set()}
 NOTES = """\
-* more than 10 % off on Gaussians (or more than 0.01 nats), or beyond the calibration: believe the order alone
-masked paths show leaks: at low noise the skip connection copies the input, and mcdit is given the clean masked
-patches; conclusions rest on the inference paths"""
+* more than 10 % off on Gaussians (or 0.01 nats), or beyond the calibration: believe no more than the order
+masked paths show leaks: at low noise the skip connection copies the input, and mcdit is given the clean
+masked patches; conclusions rest on the inference paths"""
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description='Information between visible and masked patches.', allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-    parser.add_argument('checkpoints', nargs='*', default=[], metavar='CKPT', help='files of train.py or finetune.py')
+    parser = argparse.ArgumentParser(description='Information between visible and masked patches.',
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument('CKPT', nargs='*', default=[], help='files of train.py or finetune.py')
     parser.add_argument('--data', help='data folder (default: data/ if there, else shapes)')
     parser.add_argument('--images', type=int, help='for each seed (1000, or all there are)')
     parser.add_argument('--dims', type=int, help='principal components on each side of a mask (2)')
     parser.add_argument('--masks', type=int, help='for each seed (2)')
     parser.add_argument('--seeds', type=int, help='of images, noise and masks: 0, 1, .. (2)')
     parser.add_argument('--mask-ratio', type=float, help='masked part of the image, in every row (0.5)')
-    parser.add_argument('--sigmas', type=float, nargs='+', help='noise levels (0.1 0.3 1 3 10 30)')
+    parser.add_argument('--sigmas', type=float, nargs='+', metavar='S', help='noise levels (0.1 0.3 1 3 10)')
     parser.add_argument('--out', help='the .csv and .png to write, without their endings (mutual_info)')
-    parser.add_argument('--show', type=int, nargs='+', metavar='I', help='images of --attention (the first 3 held out)')
+    parser.add_argument('--show', type=int, nargs='+', metavar='I', help='images of --attention (3 held out)')
     modes = parser.add_mutually_exclusive_group()
-    modes.add_argument('--proposition-2', action='store_true', help='instead, both sides of MC-DiT eq. 5 and 6')
-    modes.add_argument('--attention', metavar='PNG', help='instead, attention maps of the checkpoints (Figure 6)')
-    modes.add_argument('--curves', nargs='+', metavar=('PNG', 'OUT'), help='instead, losses of runs (Figure 3)')
+    modes.add_argument('--proposition-2', action='store_true', help='instead: both sides of MC-DiT eq. 5, 6')
+    modes.add_argument('--attention', metavar='PNG', help='instead: attention of the checkpoints, Figure 6')
+    modes.add_argument('--curves', nargs='+', metavar=('PNG', 'OUT'), help='instead: losses, Figure 3')
     return vars(parser.parse_args(argv))
 
 
 def check(given):
     """(mode, every setting) of a command line. Raises BadInput."""
     mode = next((name for name in ('proposition_2', 'attention', 'curves') if name in given), 'measure')
+    flag = {name: '--' + name.replace('_', '-') for name in given} | {'CKPT': 'a checkpoint'}
     for name in sorted(given.keys() - READS[mode] - {mode}):
         if given[name]:
-            raise BadInput(f'{"a checkpoint" if name == "checkpoints" else "--" + name.replace("_", "-")} means nothing '
-                           f'{"to --" + mode.replace("_", "-") if mode != "measure" else "without --attention"}')
+            where = 'without --attention' if mode == 'measure' else f'to {flag[mode]}'
+            raise BadInput(f'{flag[name]} means nothing {where}: leave it out')
     args = DEFAULTS | {'data': data.default_data()} | given
-    picture = args['curves'][0] if mode == 'curves' else args.get('attention', '.png')
+    picture, *of = args['curves'] if mode == 'curves' else (args.get('attention', '.png'), *args['CKPT'])
     if not picture.endswith('.png'):
-        raise BadInput(f'--{mode} {picture}: first comes the picture to write, a name that ends in .png')
-    if mode == 'attention' and not args['checkpoints'] or mode == 'curves' and not args['curves'][1:]:
-        raise BadInput(f'--{mode} needs {"checkpoints" if mode == "attention" else "--out folders of runs"} to draw')
-    if min(args.get('images', 1), args['dims'], args['masks'], args['seeds']) < 1 or args['masks'] * args['seeds'] < 2:
-        raise BadInput('--images, --dims, --masks and --seeds must be at least 1, and for a deviation --masks times '
-                       '--seeds at least 2')
+        raise BadInput(f'{flag[mode]} {picture}: first comes the picture to write, a name that ends in .png')
+    if mode in ('attention', 'curves') and not of:
+        raise BadInput(f'{flag[mode]} needs something to draw: checkpoints, or the --out folders of runs')
+    if min(args.get('images', 1), args['dims'], args['masks'], args['seeds']) < 1:
+        raise BadInput('--images, --dims, --masks and --seeds must be at least 1')
+    if args['masks'] * args['seeds'] < 2:
+        raise BadInput('--masks times --seeds must be at least 2, or there is no deviation')
     if not 0 < args['mask_ratio'] < 1 or not all(0 < sigma < math.inf for sigma in args['sigmas']):
         raise BadInput('--mask-ratio must lie between 0 and 1, and --sigmas above 0')
     for file in (f'{args["out"]}.csv', f'{args["out"]}.png') if mode == 'measure' else ():
@@ -547,7 +557,7 @@ def main(argv=None):
 
         # data and networks
         dataset = data.open_data(args['data'])
-        networks = open_networks(args['checkpoints'], dataset)
+        networks = open_networks(args['CKPT'], dataset)
         if mode == 'attention':
             show = args.get('show', list(range(dataset.trained, dataset.count))[:3])
             if not all(0 <= i < dataset.count for i in show):
@@ -564,11 +574,14 @@ def main(argv=None):
         chosen = [choose(dataset, images, seed) for seed in range(seeds)]
         n = min(map(len, chosen))
         if n < ENOUGH * d:
-            raise BadInput(f'{n} different images (of {images}) are too few for --dims {d}, which needs {ENOUGH * d}')
+            raise BadInput(f'{n} different images are too few for --dims {d}: at least {ENOUGH * d}')
         samples = [read(dataset, rows[:n], seed) for seed, rows in enumerate(chosen)]
         splits = []
         for seed, (x0, _, _) in enumerate(samples):
-            seen = [draw_mask(dataset.resolution, square, args['mask_ratio'], seed, number) for number in range(masks)]
+            seen = [draw_mask(dataset.resolution, square, args['mask_ratio'], seed, k) for k in range(masks)]
+            if len({visible.numpy().tobytes() for visible in seen}) < masks:
+                raise BadInput(f'two masks came out the same, as squares of {square} x {square} pixels make few: '
+                               f'use --masks 1 and more --seeds')
             splits.append([(visible, fit(x0, ~visible, d), fit(x0, visible, d)) for visible in seen])
         if mode == 'proposition_2':
             _, *sides = splits[0][0]
@@ -577,11 +590,12 @@ def main(argv=None):
         # header and calibration
         settings = {'data': args['data'], 'images': n, 'dims': d, 'seeds': seeds, 'masks': masks,
                     'mask_ratio': args['mask_ratio'], 'square': square, 'neighbours': NEIGHBOURS}
-        print(f'{args["data"]}: {seeds} seeds x {masks} masks, for each seed {n} different images ({images - n} left out '
-              f'as duplicates)\n{d} principal components a side, {args["mask_ratio"]:.0%} masked in squares of {square} x '
-              f'{square} pixels, nearest neighbours {NEIGHBOURS}')
+        print(f'{args["data"]}: {seeds} seeds x {masks} masks, {n} different images a seed '
+              f'({images - n} left out as duplicates),\n{d} principal components a side, '
+              f'{args["mask_ratio"]:.0%} masked in squares of {square} x {square} pixels')
         for name, path, _, cfg in networks:
-            print(f'{name}: {path}' + ('' if masked_path(cfg) else ', which cannot fill masked slots: inference path alone'))
+            why = '' if masked_path(cfg) else ', which cannot fill masked slots: inference path alone'
+            print(f'{name}: {path}{why}')
         calibration = calibrate(d, n)
         print(f'\ncalibration: what the estimator makes of {n} Gaussian pairs of {d} coordinates (nats)')
         for title, row in (('true', TRUE), ('estimated', calibration[0]), ('deviation', calibration[1])):
@@ -602,7 +616,7 @@ def main(argv=None):
         draw_information(f'{args["out"]}.png', table, networks, settings)
         print(f'every number in {args["out"]}.csv, the picture in {args["out"]}.png')
     except OSError as problem:
-        raise BadInput(f'cannot write {problem.filename or "a file"}: {problem.strerror or problem}') from None
+        raise BadInput(f'cannot write {problem.filename or "there"}: {problem.strerror or problem}') from None
 
 
 if __name__ == '__main__':
