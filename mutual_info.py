@@ -580,7 +580,7 @@ def main(argv=None):
         for seed, (x0, _, _) in enumerate(samples):
             seen = [draw_mask(dataset.resolution, square, args['mask_ratio'], seed, k) for k in range(masks)]
             if len({visible.numpy().tobytes() for visible in seen}) < masks:
-                raise BadInput(f'two masks came out the same, as squares of {square} x {square} pixels make few: '
+                raise BadInput(f'two masks came out the same, as squares of {square} pixels make few: '
                                f'use --masks 1 and more --seeds')
             splits.append([(visible, fit(x0, ~visible, d), fit(x0, visible, d)) for visible in seen])
         if mode == 'proposition_2':
