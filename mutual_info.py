@@ -360,7 +360,7 @@ def panel(pen, left, title, across, curves, log):
     pen.text((left, top - 40), title, 'black', font)
     pen.text(((left + right) / 2, bottom + 66), across, 'black', font, anchor='mm')
     for i, (colour, dashed, some) in enumerate(curves.values()):
-        aside = (i - len(curves) / 2) * min(5, 60 / len(curves)) if some[0][2] else 0        # bars in a row
+        aside = (i - len(curves) / 2) * min(2, 30 / len(curves)) if some[0][2] else 0        # bars in a row
         spots = [[(u + aside, v) for u, v in (at(x, y), at(x, y - e), at(x, y + e))] for x, y, e, _ in some]
         polyline(pen, [spot for spot, _, _ in spots], colour, dashed)
         for ((u, v), low, high), (_, _, e, hollow) in zip(spots, some):
