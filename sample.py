@@ -313,7 +313,8 @@ def main(argv=None):
     settings = {'checkpoint': str(stem), 'n': args.n, 'steps': args.steps, 'seed': args.seed, 'cfg': args.cfg,
                 'labels': 'balanced' if args.balanced else 'uniform at random', 'classes': args.classes,
                 'cfg_interval': args.cfg_interval, 'cfg_power': args.cfg_power, 'inpaint': args.inpaint,
-                'S_churn': args.S_churn, 'S_min': args.S_min, 'S_max': args.S_max if args.S_max < math.inf else None, 'S_noise': args.S_noise}
+                'S_churn': args.S_churn, 'S_min': args.S_min, 'S_noise': args.S_noise,
+                'S_max': args.S_max if args.S_max < math.inf else None}
     w = guidance(args.cfg, cfg, args.cfg_interval, args.cfg_power)
     fill_steps = 1 if args.fill_steps is None else args.fill_steps
     labels = [label_of(args.seed, i, allowed, args.balanced) for i in range(args.n)]

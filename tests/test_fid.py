@@ -621,7 +621,7 @@ def test_precision_and_recall_are_what_they_say():
 
 
 def test_three_neighbours_and_a_closed_ball():
-    """Real 0 has neighbours at 1, 2, 4: a fake at -4 is on the rim of its ball for k = 3, outside for k = 2."""
+    """Real 0 has neighbours at 1, 2, 4: a fake at -4 is on the rim of its ball at k = 3, outside at k = 2."""
     real, fake = column(0, 1, 2, 4), column(-4, 1000, 2000, 3000)
     assert fid.precision_recall(real, fake, mode='exact')[0] == 1 / 4
     assert fid.precision_recall(real, fake, k=2, mode='exact')[0] == 0

@@ -286,7 +286,7 @@ def flowers(tmp_path):
 
 def test_tuning_official_weights_to_other_classes(loaded, flowers, tmp_path, capsys, monkeypatch):
     method, weights, net, cfg, path = loaded
-    monkeypatch.setattr(train, 'EVAL_SIGMAS', [1.0])                          # of the 8, whose evaluation is slow
+    monkeypatch.setattr(train, 'EVAL_SIGMAS', [1.0])  # of the 8, whose evaluation is slow
     tuned = finetune.main(
         [
             str(path),
