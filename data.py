@@ -13,7 +13,7 @@ Every script of this repository reads a folder with three files:
     meta.json    {"kind", "classes"}; for moments "scale"; and, where known, "class_names"
 
 `classes` is 0 for data without labels. The last 2 % of a data set, at most 1,000 images, are held out from
-training, so `folder` shuffles once while it writes.
+training, so rows must be in no order, such as one class after the other: `folder` shuffles while it writes.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import os
 import pathlib
 import shutil
 import sys
+import uuid
 import warnings
 
 import numpy as np
@@ -142,7 +143,7 @@ def save_folder(out, rows, dtype, shape, meta, seed):
     deviation of each channel, on the scale of the network's input, go into meta.json. Returns what is there.
     """
     out = pathlib.Path(out)
-    partial = out.parent / f'.{out.name}.partial{os.getpid()}'
+    partial = out.parent / f'.{out.name}.partial-{uuid.uuid4().hex}'
     labels = []
     try:
         partial.mkdir(parents=True)
@@ -205,9 +206,12 @@ def save_grid(path, images, titles, columns):
         while title and pen.textlength(title, font) > W * zoom:
             title = title[:-1]
         pen.text((left, top), title, 'black', font)
-    temporary = f'{path}.tmp{os.getpid()}'
-    sheet.save(temporary, 'PNG')
-    os.replace(temporary, path)
+    temporary = pathlib.Path(f'{path}.tmp{os.getpid()}')
+    try:
+        sheet.save(temporary, 'PNG')
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------- shapes
@@ -307,6 +311,13 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
+def central_square(array):
+    """What `center_crop` leaves of a picture (H, W) before it is scaled."""
+    side = min(array.shape)
+    top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
+    return array[top:top + side, left:left + side]
+
+
 def read_picture(path, size):
     """uint8 (3, size, size), or the reason why there is none, as a string."""
     try:
@@ -321,7 +332,10 @@ def read_picture(path, size):
 def find_pictures(source):
     """[(path, class name)] in sorted order; the class is the first folder under `source`."""
     found = []
-    for folder, folders, files in os.walk(source):
+    for folder, folders, files in os.walk(source, followlinks=True):          # class folders are often links
+        above = [os.path.realpath(place) for place in pathlib.Path(folder).parents]
+        if os.path.realpath(folder) in above:                                 # a link into what it lies in
+            folders[:], files = [], []
         folders.sort()
         inside = os.path.relpath(folder, source)
         found += [(os.path.join(folder, name), inside.split(os.sep)[0])
@@ -358,8 +372,8 @@ def make_folder(source, out, size, workers, seed=0):
                     good += 1
                     yield picture, names.index(name) if names else 0
         if good < 2:
-            raise BadInput(f'{source} holds fewer than 2 readable pictures ({len(skipped)} could not be '
-                           f'read); the first: {skipped[0][0]}, {skipped[0][1]}')
+            why = f'; the first that is not: {skipped[0][0]}, {skipped[0][1]}' if skipped else ''
+            raise BadInput(f'{source} holds fewer than 2 readable pictures{why}')
 
     meta = {'kind': 'images', 'classes': len(names), 'source': f'folder, {size} pixels'}
     meta |= {'class_names': names} if names else {}

@@ -38,7 +38,7 @@ def parse(argv):
     flag('--out', required=True, help='folder for all that is written, not the one training wrote to')
     flag('--data', help='data folder (default: the one trained on)')
     flag('--lr', type=float, default=5e-5, help='learning rate')
-    flag('--seed', type=int, default=1)
+    flag('--seed', type=int, help="(default: one more than training's, so that noise and order are new)")
     train.shared_flags(parser, steps=50_000, batch=128)
     return parser.parse_args(argv)
 
@@ -51,7 +51,7 @@ def tunable(weights):
 def main(argv=None):
     args = parse(argv)
     state = model.read_checkpoint(args.checkpoint)
-    trained = state['config']
+    _, trained = model.build_net(state, args.checkpoint)                      # or it is refused
     if 'model' not in state:
         raise BadInput(f'{args.checkpoint} holds the EMA weights alone (--export): tuning continues `model` '
                        f'as well, so give a checkpoint of train.py')
@@ -63,24 +63,28 @@ def main(argv=None):
     if theirs != ours:
         raise BadInput(f'{dataset.path} has resolution and channels {ours}, and {args.checkpoint} was '
                        f'trained on {theirs}: give other --data')
-    classes = dataset.classes if trained['classes'] else 0                   # without labels it stays without
+    if trained['classes'] and not dataset.classes:
+        raise BadInput(f'{dataset.path} has no labels, and {args.checkpoint} was trained with '
+                       f'{trained["classes"]} classes: give data with labels')
+    classes = dataset.classes if trained['classes'] else 0                    # without labels, for ever so
+    seed = trained.get('seed', 0) + 1 if args.seed is None else args.seed
     cfg = {name: trained[name] for name in ARCHITECTURE} | {
         'stage': 'tune', 'classes': classes, 'class_names': dataset.class_names if classes else [],
         'data': str(dataset.path), 'kind': dataset.kind, 'count': dataset.count, 'mask_ratio': 0.0,
-        'steps': args.steps, 'batch': args.batch, 'lr': args.lr, 'lr_decay': args.lr_decay, 'seed': args.seed,
+        'steps': args.steps, 'batch': args.batch, 'lr': args.lr, 'lr_decay': args.lr_decay, 'seed': seed,
         'ema_step': trained['ema_step'] + state['step'], 'tuned_from': args.checkpoint}
     start = [tunable(state[name]) for name in ('model', 'ema')]
     if classes != trained['classes']:
         print(f'labels    {trained["classes"]} classes were trained and the data has {classes}: the label '
               f'table is new, but for the row of dropped labels')
-        width, rng = start[0]['y_embed.weight'].shape[1], model.generator('cpu', args.seed, 'labels')
+        width, rng = start[0]['y_embed.weight'].shape[1], model.generator('cpu', seed, 'labels')
         rows = 0.02 * torch.randn(classes, width, generator=rng)
         for weights in start:
             weights['y_embed.weight'] = torch.cat([rows, weights['y_embed.weight'][-1:]])
     path = train.train(args, cfg, dataset, start)
 
     lines = [line for line in train.read_log(path.parent) if 'held_out' in line]
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if lines and (not dist.is_initialized() or dist.get_rank() == 0):
         before, after = lines[0], lines[-1]
         print('\nheld-out loss by noise level')
         print('  sigma            ' + ''.join(f'{sigma:9.3g}' for sigma in before['sigma']))

@@ -131,7 +131,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)    # (B, heads, N, ..)
         bias = None
         if self.bias is not None:
-            bias = self.bias.to(q.dtype)[index].movedim(-1, -3)               # (heads, N, N), or with B
+            bias = functional.embedding(index, self.bias).to(q.dtype)         # (N, N, heads), or B of them
+            bias = bias.movedim(-1, -3).contiguous()                          # or no fused kernel takes it
         x = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(B, N, n))
 
@@ -517,7 +518,7 @@ def draw(cfg, step, batch, device='cpu'):
 
     sigma (B,)    noise    noise (B, C, H, W) of unit variance    drop (B,) bool: forget the label
     order (B, N)  a permutation of the tokens; its first K are visible
-    noise2, drop2 where the method looks at the images twice    progress (B,)  step / steps, in every row
+    noise2, drop2 where the method's row of METHODS says so     progress (B,)  step / steps, in every row
     """
     def rng(purpose):
         return generator(device, cfg['seed'], step, purpose)
@@ -527,10 +528,11 @@ def draw(cfg, step, batch, device='cpu'):
     draws = {'sigma': (P_MEAN + P_STD * normal).exp(),
              'order': torch.rand(batch, (H // p) ** 2, generator=rng('order'), device=device).argsort(1),
              'progress': torch.full((batch,), step / cfg['steps'], device=device)}
-    for again in ('', '2') if METHODS[cfg['method']]['looks_twice'] and cfg['stage'] == 'train' else ('',):
-        draws['noise' + again] = torch.randn(batch, C, H, H, generator=rng('noise' + again), device=device)
-        chance = torch.rand(batch, generator=rng('drop' + again), device=device)
-        draws['drop' + again] = chance < LABEL_DROPOUT
+    for name in ('noise', 'drop', *(METHODS[cfg['method']]['draws'] if cfg['stage'] == 'train' else ())):
+        if name.startswith('noise'):
+            draws[name] = torch.randn(batch, C, H, H, generator=rng(name), device=device)
+        else:
+            draws[name] = torch.rand(batch, generator=rng(name), device=device) < LABEL_DROPOUT
     return draws
 
 
@@ -697,29 +699,29 @@ def mcdit_loss(net, teacher, x0, y, draws, cfg):
 def collapse(net, x0, y, draws, cfg):
     """How much of the visible output rests on the encoder, and how much on the clean patches.
 
-    Two sums of squares a hidden input, for rms(D - D_zeroed) / rms(D) on the visible tokens: a dictionary of
-    scalars `encoder`, `patches` (squared change when it is zeroed) and `output`. A decoder that has learnt to
+    Sums of squares on the visible tokens, for rms(D - D_zeroed) / rms(D): a dictionary of scalars `output`
+    and, for what changes where one is zeroed, `encoder` and `patches`. A decoder that has learnt to
     read the clean patches and ignore the encoder shows as `encoder` near 0.
     """
-    p = parse_size(cfg['model'])[2]
-    D, *_, (visible, _) = mcdit_student(net, x0, y, draws, cfg, (1.0, 1.0))
+    p, gains = parse_size(cfg['model'])[2], TOKEN_GAINS[cfg['tokens']]
+    D, *_, (visible, _) = mcdit_student(net, x0, y, draws, cfg, gains)
     sums = {'output': take(patchify(D ** 2, p), visible).sum()}
-    for name, gains in (('encoder', (0.0, 1.0)), ('patches', (1.0, 0.0))):
+    for name, gains in (('encoder', (0.0, gains[1])), ('patches', (gains[0], 0.0))):
         D_zeroed = mcdit_student(net, x0, y, draws, cfg, gains)[0]
         sums[name] = take(patchify((D - D_zeroed) ** 2, p), visible).sum()
     return sums
 
 
 METHODS = {
-    'dit': dict(fill=None, decoder=None, loss=dit_loss, looks_twice=False,
+    'dit': dict(fill=None, decoder=None, loss=dit_loss, draws=(),
                 defaults=dict(mask_ratio=0.0, lr=1e-4)),
-    'maskdit': dict(fill='token', decoder='narrow', loss=maskdit_loss, looks_twice=False,
+    'maskdit': dict(fill='token', decoder='narrow', loss=maskdit_loss, draws=(),
                     defaults=dict(mask_ratio=0.5, lr=1e-4)),
-    'mdt': dict(fill='side', decoder='own', loss=mdt_loss, looks_twice=True,
+    'mdt': dict(fill='side', decoder='own', loss=mdt_loss, draws=('noise2', 'drop2'),
                 defaults=dict(mask_ratio=0.3, lr=3e-4)),
-    'sddit': dict(fill='noisy', decoder='narrow', loss=sddit_loss, looks_twice=True,
+    'sddit': dict(fill='noisy', decoder='narrow', loss=sddit_loss, draws=('noise2',),
                   defaults=dict(mask_ratio=0.2, lr=1e-4)),
-    'mcdit': dict(fill='clean', decoder='narrow', loss=mcdit_loss, looks_twice=False,
+    'mcdit': dict(fill='clean', decoder='narrow', loss=mcdit_loss, draws=(),
                   defaults=dict(mask_ratio=0.5, lr=1e-4, lambda_noise=0.1, lambda_con1=0.1, lambda_con2=0.05,
                                 tokens='both', all_clean=False, teacher_encoder=False)),
 }
@@ -757,7 +759,12 @@ def read_checkpoint(path):
 
 def load_net(path, device='cpu'):
     """(net, cfg) for inference from the EMA weights of a checkpoint. Raises BadInput."""
-    state = read_checkpoint(path)
+    net, cfg = build_net(read_checkpoint(path), path)
+    return net.to(device).eval().requires_grad_(False), cfg
+
+
+def build_net(state, path):
+    """(net, cfg) with the EMA weights of what `read_checkpoint` gave. Raises BadInput if they do not fit."""
     cfg = state['config']
     try:
         net = Net(cfg)
@@ -767,7 +774,7 @@ def load_net(path, device='cpu'):
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         first = str(error).splitlines()[-1].strip()[:200]
         raise BadInput(f'{path} has weights that do not fit its own configuration: {first}') from None
-    return net.to(device).eval().requires_grad_(False), cfg
+    return net, cfg
 
 
 LONG_AGO = 1_000_000                          # the step of published weights: long past the EMA's warm-up
@@ -872,7 +879,8 @@ def to_our_names(theirs, cfg):
 def to_maskdit_names(ours, cfg):
     """Weights of a `maskdit` network under MaskDiT's names. A dropped label is a zero vector there, so its
     row moves into the bias of the noise embedding, whose sum with a label is all that the network sees."""
-    ours, p = dict(ours), parse_size(cfg['model'])[2]
+    ours, (_, (_, e, _), p) = dict(ours), parse_size(cfg['model'])
+    ours.setdefault('mask_token', torch.zeros(1, 1, e))                       # a tuned network has none
     null = ours['y_embed.weight'][-1]
     ours['t_embed.fc2.bias'] = ours['t_embed.fc2.bias'] + null
     ours['y_embed.weight'] = (ours['y_embed.weight'][:-1] - null).T.contiguous()

@@ -20,6 +20,7 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch: idle CPU threads sleep, see train.py
 
@@ -155,13 +156,17 @@ def read_inpainting(args, cfg):
                 image = data.center_crop(image.convert('L' if C == 1 else 'RGB'), H)
             x0 = torch.from_numpy(np.array(image)).reshape(H, H, -1).permute(2, 0, 1).double() / 127.5 - 1
         with Image.open(args.mask) as mask:
-            mask = mask.convert('L').resize((H // p, H // p), Image.Resampling.BOX)
-    except (OSError, ValueError, TypeError) as error:
+            white = data.central_square(np.array(mask.convert('L')) > 127)
+    except Exception as error:                                                # a broken file raises anything
         raise BadInput(f'--inpaint {args.inpaint} or --mask {args.mask} cannot be read: {error}') from None
     if x0.shape != (C, H, H) or not torch.isfinite(x0).all():
         raise BadInput(f'--inpaint {args.inpaint} holds {tuple(x0.shape)}: this network needs finite '
                        f'{(C, H, H)}' + (', latents as an .npy file' if C not in (1, 3) else ''))
-    known = torch.from_numpy(np.array(mask)).flatten() == 0              # a token with any white is made anew
+    at = np.arange(max(len(white), H)) * len(white) // max(len(white), H)     # at least a pixel a token
+    token = np.arange(len(at)) * (H // p) // len(at)                          # whose row or column it is
+    anew = np.zeros((H // p, H // p), bool)
+    np.logical_or.at(anew, (token[:, None], token), white[np.ix_(at, at)])    # a token with any white is
+    known = torch.from_numpy(~anew).flatten()
     if known.all() or not known.any():
         raise BadInput(f'--mask {args.mask} is all {"black" if known.all() else "white"} on the {len(known)} '
                        f'tokens: white is made anew, black is kept, and both are needed')
@@ -296,6 +301,11 @@ def main(argv=None):
         raise BadInput('--cfg-power must be above 0, --cfg-interval a low and a high noise level')
     if bool(args.inpaint) != bool(args.mask):
         raise BadInput('--inpaint and --mask go together: a picture, and what of it is made anew')
+    if args.inpaint and args.S_churn:
+        raise BadInput('--S-churn means nothing to --inpaint, which holds the known tokens: leave one out')
+    finite = (args.S_churn, args.S_min, args.S_noise)
+    if not all(0 <= value < math.inf for value in finite) or not args.S_max >= 0:
+        raise BadInput('--S-churn, --S-min, --S-max and --S-noise must be at least 0')
     inpaint = read_inpainting(args, cfg) if args.inpaint else None
     unfit = not inpaint or cfg['method'] == 'mcdit'
     if args.fill_steps is not None and (unfit or not 0 <= args.fill_steps <= args.steps):
@@ -307,6 +317,14 @@ def main(argv=None):
         raise BadInput(f'{args.npz} exists already: remove it, or choose another --npz')
     if args.png and os.path.isdir(args.png) and os.listdir(args.png):
         raise BadInput(f'{args.png} is not empty: clear it, or choose another --png')
+    if not grid.endswith('.png') or os.path.isdir(grid):
+        raise BadInput(f'--out {grid} must be a file that ends in .png')
+    try:
+        for file in [grid] + [args.npz] * bool(args.npz):
+            tempfile.TemporaryFile(dir=pathlib.Path(file).parent).close()     # found out now, not after hours
+    except OSError as error:
+        raise BadInput(f'cannot write to {error.filename}, where --out or --npz goes: '
+                       f'{error.strerror}') from None
     barrier()                                                                 # all have looked; now write
 
     # make the images: process r takes r, r + world, ...
@@ -355,16 +373,19 @@ def main(argv=None):
 
 
 def write_results(args, cfg, store, labels, grid, settings):
+    if args.npz:
+        temporary = pathlib.Path(f'{args.npz}.tmp{os.getpid()}')
+        try:
+            with open(temporary, 'wb') as file:
+                np.savez(file, arr_0=store.transpose(0, 2, 3, 1), arr_1=np.array(labels, np.int64),
+                         settings=np.array(json.dumps(settings)))
+            os.replace(temporary, args.npz)
+        finally:
+            temporary.unlink(missing_ok=True)
+        print(f'{args.n} images in {args.npz}')
     names = cfg['class_names'] or [str(k) for k in range(cfg['classes'])] or ['']
     data.save_grid(grid, store[:100], [names[k] for k in labels[:100]], columns=min(args.n, 10))
     print(f'{min(args.n, 100)} pictures in {grid}')
-    if args.npz:
-        temporary = f'{args.npz}.tmp{os.getpid()}'
-        with open(temporary, 'wb') as file:
-            np.savez(file, arr_0=store.transpose(0, 2, 3, 1), arr_1=np.array(labels, np.int64),
-                     settings=np.array(json.dumps(settings)))
-        os.replace(temporary, args.npz)
-        print(f'{args.n} images in {args.npz}')
     if args.png:
         print(f'{args.n} images in {args.png}/')
 

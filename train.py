@@ -12,7 +12,8 @@ Writes, all in --out:
     samples-0010000.png    what the EMA weights make of the same noise, each time
 Run the same command again to resume: all randomness is a function of (seed, step, purpose), and no
 generator's state is stored. SIGTERM or Ctrl-C finishes the step, writes a checkpoint and exits with 128 + the
-signal's number (torchrun itself answers 1); a second one exits at once.
+signal's number; a second one exits at once. torchrun itself answers 1, and leaves its processes 30 seconds
+(--shutdown-timeout): give it as long as a checkpoint takes to write.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -109,7 +111,7 @@ def configuration(args, dataset):
     if cfg.get('teacher_encoder') and not cfg['lambda_con1'] and not cfg['lambda_con2']:
         raise BadInput('--teacher-encoder means nothing without a branch: --lambda-con1 or --lambda-con2')
     lambdas = [cfg.get(name, 0) for name in ('lambda_noise', 'lambda_con1', 'lambda_con2')]
-    if min(lambdas) < 0 or args.sigma_data <= 0:
+    if not all(0 <= value < math.inf for value in lambdas) or not 0 < args.sigma_data < math.inf:
         raise BadInput('the --lambda weights must be at least 0, and --sigma-data above 0')
     classes = given.get('classes', dataset.classes)
     if classes not in (0, dataset.classes):
@@ -125,7 +127,7 @@ def configuration(args, dataset):
 
 # ----------------------------------------------------------------------------- checkpoints, written and found
 
-MAY_DIFFER = ('data', 'class_names', 'tuned_from')                        # between a run and its continuation
+MAY_DIFFER = ('data', 'class_names')                                      # between a run and its continuation
 
 
 def save(path, state):
@@ -145,15 +147,23 @@ def save(path, state):
         pathlib.Path(temporary).unlink(missing_ok=True)
 
 
+def checkpoints(out):
+    """Those that training wrote into `out`, oldest first."""
+    ours = [path for path in out.glob('*.pt') if re.fullmatch(r'\d{7,}', path.stem)]
+    return sorted(ours, key=lambda path: int(path.stem))
+
+
 def newest_checkpoint(out, cfg):
     """(path, state) of the newest checkpoint in `out` that is whole; (None, None) if there is none at all.
 
     Raises BadInput if all are damaged, or if it is another run's.
     """
-    found = sorted(out.glob('[0-9]' * 7 + '*.pt'), reverse=True)
-    for path in found:
+    found = checkpoints(out)
+    for path in reversed(found):
         try:
             state = model.read_checkpoint(path)
+            if 'opt' not in state:
+                raise BadInput(f'{path} holds the EMA weights alone')
         except BadInput as mistake:
             print(f'passed over: {mistake}')
             continue
@@ -190,8 +200,8 @@ def evaluate(net, cfg, dataset, batch, rank, world, precision):
     raw, y = dataset.rows(dataset.trained + mine)
     x0 = dataset.to_input(raw.to(device), normal('latent')[mine])
     y = y.to(device)
-    order = torch.rand(n, net.grid ** 2, generator=model.generator(device, cfg['seed'], 'held-out', 'order'),
-                       device=device).argsort(1)[mine]
+    rng = model.generator(device, cfg['seed'], 'held-out', 'order')
+    order = torch.rand(n, net.grid ** 2, generator=rng, device=device).argsort(1)[mine]
     sums = torch.zeros(len(EVAL_SIGMAS), 4, dtype=torch.float64, device=device)   # loss; 3 squares
     for j, level in enumerate(EVAL_SIGMAS):
         noise = normal(j)[mine]
@@ -244,7 +254,6 @@ def where_am_i():
     if torch.cuda.is_available():
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
     return rank, world, device
@@ -256,6 +265,17 @@ def git_commit():
                               capture_output=True, text=True).stdout.strip() or 'unknown'
     except OSError:                                                           # no git on this machine
         return 'unknown'
+
+
+def agree(mistake, world, device):
+    """All processes stop where process 0 has found a mistake."""
+    if world > 1:
+        wrong = torch.tensor([mistake is not None], dtype=torch.int64, device=device)
+        dist.broadcast(wrong, 0)
+        if wrong and mistake is None:
+            mistake = BadInput('process 0 has found a mistake, see there')
+    if mistake:
+        raise mistake
 
 
 def heed_signals(world):
@@ -289,10 +309,11 @@ def check(args, cfg, world):
         raise BadInput(f'--batch {args.batch} cannot be shared by {world} processes times --accumulate '
                        f'{args.accumulate}: type a multiple of {share}, such as '
                        f'{args.batch // share * share + share}')
-    theirs = cfg['method'] == 'maskdit' and cfg['stage'] == 'train' and cfg['classes']
-    if args.official_names and not (args.export and theirs):
-        raise BadInput('--official-names needs --export and a maskdit of some classes before its tuning: '
-                       'MaskDiT has no name for the rest')
+    if args.export and re.fullmatch(r'\d{7,}\.pt', os.path.basename(args.export)):
+        raise BadInput(f'--export {args.export} is the name of a checkpoint: choose another')
+    if args.official_names and not (args.export and cfg['method'] == 'maskdit' and cfg['classes']):
+        raise BadInput('--official-names needs --export and a maskdit of some classes: MaskDiT has no '
+                       'names for the rest')
     if not 0 <= args.lr_decay <= 1 or not 0 < cfg['lr'] < math.inf:
         raise BadInput('--lr-decay must be between 0 and 1, and --lr above 0')
 
@@ -334,7 +355,15 @@ def train(args, cfg, dataset, start=None):
     except OSError as error:
         raise BadInput(f'cannot write to {error.filename}, which --out or --export names: '
                        f'{error.strerror}') from None
-    path, state = newest_checkpoint(out, cfg) if rank == 0 else (None, None)
+    path = state = mistake = None
+    if rank == 0:
+        try:
+            path, state = newest_checkpoint(out, cfg)
+            if args.export and not path and os.path.exists(args.export):      # a resumed run may write anew
+                raise BadInput(f'{args.export} exists already: remove it, or choose another --export')
+        except BadInput as error:
+            mistake = error
+    agree(mistake, world, device)
     step = torch.tensor([state['step'] if state else 0], device=device)
     if world > 1:
         dist.broadcast(step, 0)
@@ -396,15 +425,18 @@ def train(args, cfg, dataset, start=None):
                     tqdm.write(f'no picture at step {step}: {error}')
 
     def checkpoint(step):
+        mistake = None
         if rank == 0:
-            save(out / f'{step:07d}.pt', {
-                'model': net.state_dict(), 'ema': ema.state_dict(),
-                'teacher': teacher.state_dict() if teacher is not None else None,
-                'opt': optimizer.state_dict(), 'step': step, 'config': cfg})
-            for old in sorted(out.glob('[0-9]' * 7 + '*.pt'))[:-2]:
-                old.unlink()
-        if world > 1:
-            dist.barrier()
+            try:
+                save(out / f'{step:07d}.pt', {
+                    'model': net.state_dict(), 'ema': ema.state_dict(),
+                    'teacher': teacher.state_dict() if teacher is not None else None,
+                    'opt': optimizer.state_dict(), 'step': step, 'config': cfg})
+                for old in checkpoints(out)[:-2]:
+                    old.unlink()
+            except BadInput as error:
+                mistake = error
+        agree(mistake, world, device)
 
     if step == 0 and start:
         now_and_then(0)                                                       # tuning: before and after

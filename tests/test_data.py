@@ -323,6 +323,15 @@ def test_folder_without_classes(tmp_path):
     assert dataset.classes == 0 and dataset.count == 3 and dataset.channels == 3
 
 
+def test_linked_class_folders_count_and_loops_end(tree, tmp_path):
+    (tree.parent / 'linked').mkdir()
+    for name in ('cat', 'dog'):
+        (tree.parent / 'linked' / name).symlink_to(tree / name)
+    (tree / 'cat' / 'loop').symlink_to(tree)
+    found = data.find_pictures(tree.parent / 'linked')
+    assert sum(name == 'cat' for _, name in found) >= 6 and sum(name == 'dog' for _, name in found) == 5
+
+
 def test_center_crop_is_adms():
     """Box-halved while twice too large, bicubic to size, centre cut: said again for one picture."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (150, 90, 3), dtype=np.uint8))
@@ -344,6 +353,7 @@ def test_decompression_bomb_is_skipped(tmp_path):
         (['folder', 'nowhere', '--size', '8'], 'no folder nowhere'),
         (['folder', 'empty', '--size', '8'], 'holds no picture'),
         (['folder', 'broken', '--size', '8', '--workers', '1'], 'fewer than 2 readable'),
+        (['folder', 'single', '--size', '8', '--workers', '1'], 'fewer than 2 readable pictures\n'),
         (['folder', 'empty', '--size', '0'], 'at least 1'),
         (['shapes', '--out', 'empty'], 'exists already'),
         (['shapes', '--n', '1'], 'at least 2'),
@@ -355,6 +365,8 @@ def test_refusals_exit_with_2_and_write_nothing(argv, words, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken').mkdir()
+    (tmp_path / 'single').mkdir()
+    Image.new('RGB', (9, 9)).save(tmp_path / 'single' / 'a.png')
     (tmp_path / 'broken' / 'a.png').write_bytes(b'x')
     (tmp_path / 'file').write_text('')
     before = sorted(tmp_path.rglob('*'))

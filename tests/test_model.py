@@ -724,8 +724,8 @@ def test_masked_shortcut():
     net, _ = build(cfg)
     visible, masked = model.split_tokens(draws(cfg), cfg)
     tokens, c = (
-        torch.randn(4, visible.shape[1], 192, dtype=torch.float64),
-        torch.randn(4, 192, dtype=torch.float64),
+        torch.randn(4, visible.shape[1], 128, dtype=torch.float64),
+        torch.randn(4, 128, dtype=torch.float64),
     )
     slots = net.fill(tokens, visible, None, c)
     assert torch.equal(model.take(slots, visible), tokens + net.decoder_pos[0][visible])
@@ -740,7 +740,7 @@ def test_mdt_positions_and_biases_are_learned():
     assert net.pos.grad.any() and net.decoder_pos.grad.any()
     blocks = [*net.blocks, *net.decoder_blocks, net.side_block]
     assert len(blocks) == 5 and all(
-        block.bias.shape == (49, 6) and block.bias.grad.any(0).all() for block in blocks
+        block.bias.shape == (49, 4) and block.bias.grad.any(0).all() for block in blocks
     )
 
 
@@ -852,7 +852,7 @@ def test_cls_is_seen_by_the_encoder_alone():
     x, y = images(cfg)
     visible, _ = model.split_tokens(draws(cfg), cfg)
     c = net.condition(torch.zeros(4, dtype=torch.float64), y)
-    assert net.encode(model.patchify(x, 2), c, visible).shape == (4, 1 + visible.shape[1], 192)
+    assert net.encode(model.patchify(x, 2), c, visible).shape == (4, 1 + visible.shape[1], 128)
     assert net(x, torch.zeros(4), y)[0].shape == x.shape
 
 

@@ -219,6 +219,22 @@ def test_inpainting_keeps_what_is_known(method, checkpoint, photo, tmp_path):
     assert (images[0][pixels] != images[1][pixels]).any()
 
 
+def test_the_mask_is_cropped_as_the_picture_and_any_white_counts(photo, tmp_path):
+    cfg = config('mcdit', resolution=8)
+    Image.new('RGB', (16, 8)).save(tmp_path / 'wide.png')
+    white = np.zeros((8, 16), np.uint8)
+    white[0, 11] = 255                                                        # column 7 of the square
+    Image.fromarray(white).save(tmp_path / 'mask.png')
+    args = sample.parse(['x', '--inpaint', str(tmp_path / 'wide.png'), '--mask', str(tmp_path / 'mask.png')])
+    assert (~sample.read_inpainting(args, cfg)[1]).nonzero().flatten().tolist() == [3]
+    white = np.zeros((256, 256), np.uint8)
+    white[70, 130] = 255  # one pixel of 64 x 64
+    Image.fromarray(white).save(tmp_path / 'mask.png')
+    assert (~sample.read_inpainting(args, cfg)[1]).nonzero().flatten().tolist() == [4 + 2]
+    Image.fromarray(np.array([[255, 0], [0, 0]], np.uint8)).save(tmp_path / 'mask.png')       # 2 x 2 pixels
+    assert (~sample.read_inpainting(args, cfg)[1]).nonzero().flatten().tolist() == [0, 1, 4, 5]
+
+
 def looks(method, fill_steps, steps=4):
     """What the network was given at each evaluation of an inpainting: (sigma, x, visible, patches)."""
     cfg = config(method)
@@ -389,6 +405,10 @@ def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
             'with mdt or maskdit',
         ),
         (['x.pt', '--inpaint', 'file', '--mask', 'mask.png'], 'cannot be read'),
+        (['x.pt', '--inpaint', 'photo.png', '--mask', 'mask.png', '--S-churn', '1'], 'leave one out'),
+        (['x.pt', '--S-noise', 'nan'], 'at least 0'),
+        (['x.pt', '--out', 'x.pt'], 'ends in .png'),
+        (['x.pt', '--out', 'full.png'], 'ends in .png'),
         (['x.pt', '--inpaint', 'photo.png', '--mask', 'black.png'], 'all black'),
         (
             ['d.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'],
@@ -421,6 +441,7 @@ def test_refusals_exit_with_2_and_write_nothing(
     (tmp_path / 'there.npz').write_bytes(b'precious')
     (tmp_path / 'file').write_text('')
     (tmp_path / 'full').mkdir()
+    (tmp_path / 'full.png').mkdir()
     (tmp_path / 'full' / 'a').write_text('')
     before = sorted(tmp_path.rglob('*'))
     monkeypatch.setattr('sys.argv', ['sample.py', *argv])

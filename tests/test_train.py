@@ -7,7 +7,6 @@ import re
 import resource
 import runpy
 import signal
-import shlex
 import subprocess
 import sys
 
@@ -228,6 +227,32 @@ def test_a_run_may_be_prolonged_unless_a_schedule_depends_on_its_length(shapes, 
         run(shapes, tmp_path / 'c', '--steps', '3', '--lr-decay', '0.5')
 
 
+def test_only_its_own_checkpoints_are_removed(shapes, tmp_path):
+    path = run(shapes, tmp_path, '--steps', '1')
+    kept = [tmp_path / '0000001-keep.pt', tmp_path / 'best.pt']
+    for copy in kept:
+        copy.write_bytes(path.read_bytes())
+    run(shapes, tmp_path, '--steps', '4', '--save-every', '1')
+    assert [file.name for file in train.checkpoints(tmp_path)] == ['0000003.pt', '0000004.pt']
+    assert all(copy.exists() for copy in kept)
+    for step in ('9999999', '10000000'):
+        path.with_stem(step).write_bytes(b'')
+    assert train.checkpoints(tmp_path)[-1].stem == '10000000'  # as numbers, not as words
+
+
+def test_an_export_overwrites_nothing_but_its_own(shapes, tmp_path):
+    export = tmp_path / 'ema.pt'
+    export.write_text('precious')
+    with pytest.raises(model.BadInput, match='exists already'):
+        run(shapes, tmp_path / 'out', '--steps', '1', '--export', str(export))
+    assert export.read_text() == 'precious'
+    with pytest.raises(model.BadInput, match='name of a checkpoint'):
+        run(shapes, tmp_path / 'out', '--steps', '1', '--export', str(tmp_path / 'out' / '0000001.pt'))
+    export.unlink()
+    for _ in range(2):                                                        # the same command again
+        run(shapes, tmp_path / 'out', '--steps', '1', '--export', str(export))
+
+
 def test_a_finished_run_has_nothing_to_do(shapes, tmp_path):
     path = run(shapes, tmp_path, '--steps', '2')
     content = path.read_bytes()
@@ -418,6 +443,14 @@ def test_two_processes_equal_one(shapes, moments, tmp_path):
         assert spread['modules'] == (3 if name in ('sddit', 'mcdit', 'accumulated', 'moments') else 2)
 
 
+def test_a_refusal_of_process_0_stops_all_with_a_sentence(shapes, tmp_path):
+    run(shapes, tmp_path, '--steps', '1')
+    flags = [*TINY, '--data', shapes, '--out', tmp_path, '--steps', '1']
+    done = torchrun(ROOT / 'train.py', *flags, '--method', 'dit')
+    assert done.returncode != 0 and "method was 'mcdit' and is now 'dit'" in done.stderr
+    assert 'train.py: process 0 has found a mistake' in done.stderr and 'RuntimeError' not in done.stderr
+
+
 def test_two_processes_sample_the_same_images(shapes, tmp_path):
     path = run(shapes, tmp_path, '--steps', '3', '--lr', '0.01')
     flags = [path, '-n', '7', '--steps', '4', '--cfg', '2', '--precision', 'fp32', '--batch', '3']
@@ -458,6 +491,12 @@ def desk(shapes, tmp_path_factory):
     np.save(desk / 'strange' / 'labels.npy', np.full(50, 10))
     path = run(shapes, desk / 'other', '--method', 'dit', '--steps', '1', '--export', str(desk / 'ema.pt'))
     (desk / 'cut.pt').write_bytes(path.read_bytes()[:5000])
+    data.make_shapes(desk / 'nameless', size=8, count=50)
+    (desk / 'nameless' / 'meta.json').write_text('{"kind": "images", "classes": 0}')
+    np.save(desk / 'nameless' / 'labels.npy', np.zeros(50, np.int64))
+    (desk / 'twin.pt').write_bytes(path.read_bytes())
+    tune(desk / 'twin.pt', desk / 'tuned2', '--steps', '1')
+    torch.save(torch.load(path, weights_only=True) | {'config': {}}, desk / 'bare.pt')
     (desk / 'text').mkdir()
     (desk / 'text' / '0000001.pt').write_text('not a checkpoint')
     (desk / 'text' / 'log.jsonl').write_text('')
@@ -523,6 +562,9 @@ def test_refusals_exit_with_2_and_write_nothing(argv, words, shapes, desk, monke
         (['ema.pt', '--out', 'tuned'], 'EMA weights alone'),
         (['other/0000001.pt', '--out', 'tuned', '--data', 'large'], 'give other --data'),
         (['other/0000001.pt', '--out', 'tuned', '--data', 'nowhere'], 'no data folder'),
+        (['other/0000001.pt', '--out', 'tuned', '--data', 'nameless'], 'give data with labels'),
+        (['other/0000001.pt', '--out', 'tuned2'], 'tuned_from was'),
+        (['bare.pt', '--out', 'tuned'], 'do not fit its own configuration'),
         (['other/0000001.pt', '--out', 'other'], 'another configuration'),
         (['other/0000001.pt'], 'required: --out'),
         (['other/0000001.pt', '--out', 'tuned', '--mask-ratio', '0.5'], 'unrecognized arguments'),
