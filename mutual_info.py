@@ -368,6 +368,7 @@ def panel(pen, left, title, across, curves, log):
                 pen.line([low, high], colour, LINE // 2)
                 for _, end in (low, high):
                     pen.line([u - 6, end, u + 6, end], colour, LINE // 2)
+            if e or len(some) == 1:                                           # a lone point has no line
                 pen.ellipse([u - 6, v - 6, u + 6, v + 6], 'white' if hollow else colour, colour, LINE // 2)
 
 
