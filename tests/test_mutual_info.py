@@ -356,11 +356,11 @@ def test_attention_is_the_networks_own(method):
     cfg = config(method)
     net, _ = build(cfg)
     block, index = net.blocks[0], getattr(net, 'relative', None)
-    x = torch.randn(2, 16, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 16, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         qkv = block.qkv(x)
         weights = mutual_info.attention(block, qkv, index)
-        values = qkv[..., 2 * 192:].unflatten(2, (block.heads, -1)).transpose(1, 2)
+        values = qkv[..., 2 * 128:].unflatten(2, (block.heads, -1)).transpose(1, 2)
         made = block.proj((weights @ values).transpose(1, 2).flatten(2))
         assert torch.allclose(made, block.attention(x, index), atol=1e-12)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 6, 16, dtype=torch.float64))
