@@ -363,7 +363,7 @@ def test_attention_is_the_networks_own(method):
         values = qkv[..., 2 * 128:].unflatten(2, (block.heads, -1)).transpose(1, 2)
         made = block.proj((weights @ values).transpose(1, 2).flatten(2))
         assert torch.allclose(made, block.attention(x, index), atol=1e-12)
-    assert torch.allclose(weights.sum(-1), torch.ones(2, 6, 16, dtype=torch.float64))
+    assert torch.allclose(weights.sum(-1), torch.ones(2, block.heads, 16, dtype=torch.float64))
 
 
 @pytest.mark.parametrize('method', model.METHODS)
