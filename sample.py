@@ -8,7 +8,8 @@
 
 Image i of a seed has the same noise and the same label whatever the batch size and the number of processes.
 The .npz is what ADM's evaluation reads: `arr_0` uint8 (n, H, W, 3), `arr_1` labels, and beside them
-`settings`, a line of JSON. A checkpoint carries its configuration, so it is all that is needed.
+`settings`, a line of JSON. A network of latents writes `latents` float32 (n, C, h, w) in place of
+`arr_0`. A checkpoint carries its configuration, so it is all that is needed.
 
 Letters: B images a batch    C, H, W channels, height, width    D the denoiser    t noise levels
 """
@@ -310,9 +311,10 @@ def main(argv=None):
     unfit = not inpaint or cfg['method'] == 'mcdit'
     if args.fill_steps is not None and (unfit or not 0 <= args.fill_steps <= args.steps):
         raise BadInput('--fill-steps is for --inpaint with mdt or maskdit, a number from 0 to --steps')
-    if (args.npz or args.png) and cfg['channels'] not in (1, 3):
-        raise BadInput(f'--npz and --png hold pictures, and this network makes latents of {cfg["channels"]} '
-                       f'channels')
+    latents = cfg['channels'] not in (1, 3)
+    if args.png and latents:
+        raise BadInput(f'--png holds pictures, and this network makes latents of {cfg["channels"]} channels: '
+                       f'--npz takes them as they are')
     if args.npz and os.path.exists(args.npz):
         raise BadInput(f'{args.npz} exists already: remove it, or choose another --npz')
     if args.png and os.path.isdir(args.png) and os.listdir(args.png):
@@ -340,12 +342,12 @@ def main(argv=None):
     batches = [mine[k:k + args.batch] for k in range(0, len(mine), args.batch)]
     scratch = (args.npz or grid) + '.partial.npy'                         # a file, not memory, holds them all
     kept = args.n if args.npz else min(args.n, 100)
-    shape = (kept, 3, cfg['resolution'], cfg['resolution'])
+    shape = (kept, cfg['channels'] if latents else 3, cfg['resolution'], cfg['resolution'])
     try:
         with contextlib.ExitStack() as finally_:
             if rank == 0:
                 finally_.callback(lambda: pathlib.Path(scratch).unlink(missing_ok=True))
-                np.lib.format.open_memmap(scratch, 'w+', np.uint8, shape).flush()
+                np.lib.format.open_memmap(scratch, 'w+', np.float32 if latents else np.uint8, shape).flush()
                 if args.png:
                     os.makedirs(args.png, exist_ok=True)
             barrier()
@@ -357,7 +359,8 @@ def main(argv=None):
                                  pick_precision(args.precision, device), bar, inpaint, fill_steps,
                                  S_churn=args.S_churn, S_min=args.S_min, S_max=args.S_max,
                                  S_noise=args.S_noise)
-                    for i, image in zip(batch, picture(x).numpy()):
+                    pictures = picture(x)                                     # refuses what is not finite
+                    for i, image in zip(batch, x.float().cpu().numpy() if latents else pictures.numpy()):
                         if i < kept:
                             store[i] = image
                         if args.png:
@@ -377,14 +380,16 @@ def write_results(args, cfg, store, labels, grid, settings):
         temporary = pathlib.Path(f'{args.npz}.tmp{os.getpid()}')
         try:
             with open(temporary, 'wb') as file:
-                np.savez(file, arr_0=store.transpose(0, 2, 3, 1), arr_1=np.array(labels, np.int64),
+                images = {'arr_0': store.transpose(0, 2, 3, 1)} if store.dtype == np.uint8 else {'latents': store}
+                np.savez(file, **images, arr_1=np.array(labels, np.int64),
                          settings=np.array(json.dumps(settings)))
             os.replace(temporary, args.npz)
         finally:
             temporary.unlink(missing_ok=True)
         print(f'{args.n} images in {args.npz}')
     names = cfg['class_names'] or [str(k) for k in range(cfg['classes'])] or ['']
-    data.save_grid(grid, store[:100], [names[k] for k in labels[:100]], columns=min(args.n, 10))
+    some = store[:100] if store.dtype == np.uint8 else picture(torch.from_numpy(store[:100])).numpy()
+    data.save_grid(grid, some, [names[k] for k in labels[:100]], columns=min(args.n, 10))
     print(f'{min(args.n, 100)} pictures in {grid}')
     if args.png:
         print(f'{args.n} images in {args.png}/')

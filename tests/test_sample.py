@@ -377,6 +377,17 @@ def test_unconditional_and_latent_checkpoints(checkpoint, tmp_path):
     assert (tmp_path / 'u.png').exists() and (tmp_path / 'l.png').exists()
 
 
+def test_latents_are_kept_as_they_are(checkpoint, tmp_path):
+    path = checkpoint(channels=4)
+    flags = ['-n', '3', '--steps', '3', '--precision', 'fp32']
+    sample.main([str(path), *flags, '--npz', str(tmp_path / 'a.npz')])
+    net, cfg = model.load_net(path)
+    with np.load(tmp_path / 'a.npz') as file:
+        assert file['latents'].dtype == np.float32 and 'arr_0' not in file
+        made = sample.generate(net, cfg, 0, range(3), file['arr_1'].tolist(), 3)
+        assert np.allclose(file['latents'], made, atol=1e-5)
+
+
 def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
     path = checkpoint()
     state = torch.load(path, weights_only=True)
@@ -416,7 +427,7 @@ def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
         ),
         (['t.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'mcdit, tuned'),
         (['l.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'latents as an .npy'),
-        (['l.pt', '--npz', 'a.npz'], 'latents of 4 channels'),
+        (['l.pt', '--png', 'png'], 'latents of 4 channels'),
         (['x.pt', '--npz', 'there.npz'], 'exists already'),
         (['x.pt', '--png', 'full'], 'not empty'),
         (['x.pt', '--n', '1', '--steps', '2', '--npz', 'file/a.npz'], 'cannot write'),
