@@ -380,7 +380,8 @@ def write_results(args, cfg, store, labels, grid, settings):
         temporary = pathlib.Path(f'{args.npz}.tmp{os.getpid()}')
         try:
             with open(temporary, 'wb') as file:
-                images = {'arr_0': store.transpose(0, 2, 3, 1)} if store.dtype == np.uint8 else {'latents': store}
+                pixels = store.dtype == np.uint8
+                images = {'arr_0': store.transpose(0, 2, 3, 1)} if pixels else {'latents': store}
                 np.savez(file, **images, arr_1=np.array(labels, np.int64),
                          settings=np.array(json.dumps(settings)))
             os.replace(temporary, args.npz)

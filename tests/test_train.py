@@ -1,6 +1,7 @@
 """train.py and finetune.py: what a run writes, resuming, several processes, and refusals."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -475,6 +476,24 @@ def test_torchrun_makes_shapes_once_and_trains(tmp_path):
         and '2 x CPU' in done.stdout
         and '4 = 2 processes x 2 images x 1 accumulated' in done.stdout
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.parametrize('method', model.METHODS)
+def test_on_a_gpu(shapes, moments, tmp_path, method, monkeypatch):
+    """Every method trains in bfloat16, resumes, is tuned and sampled there."""
+    for folder in (shapes, moments):
+        out = tmp_path / folder.name
+        flags = [*TINY, '--model', 'T/2', '--precision', 'bf16', '--method', method]
+        flags += ['--save-every', '2', '--preview', '2']
+        kill_after(monkeypatch, 2)
+        with pytest.raises(Killed):
+            run(folder, out, *flags, '--steps', '4')
+        path = run(folder, out, *flags, '--steps', '4')
+        assert all(math.isfinite(line['loss']) for line in lines(out))
+        tuned = tune(path, tmp_path / f'{folder.name}-tuned', '--precision', 'bf16', '--steps', '2')
+        sample.main([str(tuned), '-n', '4', '--steps', '3', '--cfg', '2', '--npz', str(out / 'a.npz')])
 
 
 # ------------------------------------------------------------------------------------------------ refusals
