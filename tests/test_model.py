@@ -832,7 +832,7 @@ def test_discrimination_alone_leaves_the_decoder_without_gradient():
 def test_tokens_are_compared_with_their_own():
     """Student equal to teacher, one noise level, nothing masked, no centers: a shift by a token costs."""
     cfg = config('sddit')
-    net = randomise(model.Net(cfg).double(), scale=0.3)
+    net = randomise(model.Net(cfg).double(), scale=0.5)
     teacher = model.make_teacher(net, cfg)
     x, y = images(cfg)
     c_noise = torch.zeros(4, dtype=torch.float64)
