@@ -199,9 +199,9 @@ PROTOTYPES = 8192                             # SD-DiT's K
 OWN_DECODER = 2                               # MDT: this many of the encoder's own blocks are its decoder
 
 
-def relative_index(g):
+def relative_index(g, device='cpu'):
     """Which row of MDT's bias table belongs to query i and key j: (N, N), (dy + g-1)(2g-1) + (dx + g-1)."""
-    at = torch.arange(g * g)
+    at = torch.arange(g * g, device=device)
     dy, dx = (at[:, None] // g - at // g), (at[:, None] % g - at % g)
     return (dy + g - 1) * (2 * g - 1) + dx + g - 1
 
@@ -227,8 +227,7 @@ class Net(nn.Module):
         self.grid, P = cfg['resolution'] // p, p * p * cfg['channels']
         if own:
             depth, d_depth, e, d_heads = depth - OWN_DECODER, OWN_DECODER, d, heads
-            self.register_buffer('relative', relative_index(self.grid), persistent=False)
-        bias_grid = self.grid if own else None
+        self.bias_grid = bias_grid = self.grid if own else None
 
         self.t_embed = NoiseEmbedding(d)
         self.y_embed = nn.Embedding(cfg['classes'] + 1, d) if cfg['classes'] else None    # last row: dropped
@@ -254,6 +253,11 @@ class Net(nn.Module):
         if cfg['method'] == 'sddit' and cfg['stage'] == 'train':
             self.head = Head(d)
         initialise(self)
+
+    @property
+    def relative(self):
+        """`relative_index` for MDT, else None. No buffer: DistributedDataParallel would write into it."""
+        return relative_index(self.bias_grid, self.pos.device) if self.bias_grid else None
 
     def condition(self, c_noise, y):
         c = self.t_embed(c_noise)                                             # (B, d)
@@ -290,8 +294,9 @@ class Net(nn.Module):
 
     def decode(self, tokens, c):
         """Filled tokens (B, N, e) -> values (B, N, P)."""
+        index = getattr(self, 'relative', None)                               # (N, N); EMADecoder has none
         for block in self.decoder_blocks:
-            tokens = block(tokens, c, getattr(self, 'relative', None))        # (B, N, e)
+            tokens = block(tokens, c, index)                                  # (B, N, e)
         return self.final(tokens, c)                                          # (B, N, P)
 
     def forward(self, x, c_noise, y=None, visible=None, patches=None, gains=(1.0, 1.0)):

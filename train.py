@@ -327,8 +327,8 @@ def train(args, cfg, dataset, start=None):
     rank, world, device = where_am_i()
     check(args, cfg, world)
     precision = sample.pick_precision(args.precision, device)
-    slow = device.type == 'cpu' and precision == torch.bfloat16               # a CPU's flash kernel takes half a
-    torch.backends.cuda.enable_flash_sdp(not slow)                            # step for its bfloat16 backward
+    slow = device.type == 'cpu' and precision == torch.bfloat16               # on a CPU, the flash kernel's backward
+    torch.backends.cuda.enable_flash_sdp(not slow)                            # takes half a step then
     micro = args.batch // world // args.accumulate
     out = pathlib.Path(args.out)
 

@@ -248,7 +248,7 @@ def test_denoiser_agrees(loaded):
         assert close(D, 0.25 / (s**2 + 0.25) * x * s + s * 0.5 / (s**2 + 0.25).sqrt() * F)
     else:
         abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-        t = np.interp(np.log(sigma), np.log(np.sqrt((1 - abar) / abar)), np.arange(1000))
+        t = np.interp(np.log(sigma.numpy()), np.log(np.sqrt((1 - abar) / abar)), np.arange(1000))
         F = plain(weights, method, 'S', x * s / (s**2 + 1).sqrt(), torch.tensor(t), y)
         assert close(D, x * s - s * F[:, :4])
 
