@@ -327,8 +327,8 @@ def train(args, cfg, dataset, start=None):
     rank, world, device = where_am_i()
     check(args, cfg, world)
     precision = sample.pick_precision(args.precision, device)
-    slow = device.type == 'cpu' and precision == torch.bfloat16               # on a CPU, the flash kernel's backward
-    torch.backends.cuda.enable_flash_sdp(not slow)                            # takes half a step then
+    slow = device.type == 'cpu' and precision == torch.bfloat16
+    torch.backends.cuda.enable_flash_sdp(not slow)        # on a CPU its bfloat16 backward takes half a step
     micro = args.batch // world // args.accumulate
     out = pathlib.Path(args.out)
 
