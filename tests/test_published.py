@@ -344,6 +344,16 @@ def test_our_maskdit_under_official_names(tmp_path):
         assert close(model.load_net(tmp_path / 'x.pt')[0](x, t, y)[0], expected)
 
 
+def test_a_tuned_maskdit_is_exported_with_a_mask_token_of_zeros():
+    """Tuning has dropped the token, which MaskDiT's strict loading asks for and its sampling never uses."""
+    cfg = train.configuration(train.parse(['--method', 'maskdit', '--model', 'S/2']), FakeData())
+    theirs = model.to_maskdit_names(model.Net(cfg | {'stage': 'tune'}).state_dict(), cfg)
+    wanted = official('maskdit', 'S')
+    found = {name.removeprefix('model.'): value.shape for name, value in theirs.items()}
+    assert found == {name: value.shape for name, value in wanted.items()}
+    assert not theirs['model.mask_token'].any()
+
+
 class FakeData:
     kind, count, resolution, channels, classes, class_names = 'latents', 10, 32, 4, 1000, []
 
