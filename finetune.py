@@ -87,9 +87,7 @@ def main(argv=None):
     if lines and (not dist.is_initialized() or dist.get_rank() == 0):
         before, after = lines[0], lines[-1]
         print('\nheld-out loss by noise level')
-        print('  sigma            ' + ''.join(f'{sigma:9.3g}' for sigma in before['sigma']))
-        for title, line in (('before', before), ('after', after)):
-            print(f'  {title:17}' + ''.join(f'{value:9.4f}' for value in line['held_out']))
+        print(train.show({'before': before['held_out'], 'after': after['held_out']}))
     return path
 
 

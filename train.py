@@ -13,12 +13,18 @@ Writes, all in --out:
 Run the same command again to resume: all randomness is a function of (seed, step, purpose), and no
 generator's state is stored. SIGTERM or Ctrl-C finishes the step, writes a checkpoint and exits with 128 + the
 signal's number; a second one exits at once. torchrun itself answers 1, and leaves its processes 30 seconds
-(--shutdown-timeout): give it as long as a checkpoint takes to write.
+(--shutdown-timeout): give it as long as a checkpoint takes to write. With torchrun's --max-restarts a process
+that dies costs the steps since the last checkpoint.
 """
 
 import argparse
+import collections
 import contextlib
 import copy
+import datetime
+import errno
+import fcntl
+import itertools
 import json
 import math
 import os
@@ -26,11 +32,13 @@ import pathlib
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent import futures
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch: threads that spin on a busy CPU were
                                                         # seen to make a step 30 times slower
@@ -47,6 +55,7 @@ import sample
 from model import BadInput
 
 MAX_GRAD_NORM = 1.0
+MAX_SKIPPED = 10                              # steps in a row that are not finite: no accident any more
 EVAL_SIGMAS = np.geomspace(0.02, 20, 8).tolist()
 PREVIEW_STEPS = 20                            # of the sampler, for the picture now and then
 
@@ -60,13 +69,19 @@ def shared_flags(parser, steps, batch):
     flag('--batch', type=int, default=batch, help='images a step, over processes and accumulation')
     flag('--accumulate', type=int, default=1, help='backward passes a step')
     flag('--lr-decay', type=float, default=0.0, help='last part of the steps, where --lr falls to 0')
-    flag('--precision', choices=('auto', 'bf16', 'fp32'), default='auto', help='of the network')
+    flag('--precision', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the network')
+    flag('--compile', action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+         help='compile each block: a minute, and then faster steps (default: on GPUs)')
+    flag('--checkpoint-blocks', action='store_true', default=False, help='compute each block again for its '
+         'gradient instead of keeping what it made: a third of the memory, four thirds of the time')
     flag('--log-every', type=int, default=50, help='steps between lines of the log')
     flag('--eval-every', type=int, default=5000, help='steps between held-out losses and pictures')
     flag('--save-every', type=int, default=10000, help='steps between checkpoints')
+    flag('--keep-every', type=int, default=0, help='keep checkpoints at multiples of this many steps too')
     flag('--preview', type=int, default=20, help='images in a picture; 0 for none')
     flag('--export', default=None, help='file for the EMA weights alone, written at the end')
     flag('--official-names', action='store_true', default=False, help="export under MaskDiT's names")
+    flag('--timeout', type=float, default=10.0, help='minutes that processes wait for one that hangs')
 
 
 def parse(argv):
@@ -130,19 +145,34 @@ def configuration(args, dataset):
 MAY_DIFFER = ('data', 'class_names')                                      # between a run and its continuation
 
 
+def size_of(state):
+    """Bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size_of, parts))
+
+
 def save(path, state):
     """Write a file complete or not at all: under another name, flushed, then renamed. Raises BadInput."""
-    temporary = f'{path}.tmp{os.getpid()}'
+    folder, temporary = pathlib.Path(path).parent, f'{path}.tmp{os.getpid()}'
+    need, free = size_of(state), shutil.disk_usage(folder).free
     try:
+        if need > free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(temporary, 'wb') as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:              # torch hides an OSError in the second
+        entry = os.open(folder, os.O_RDONLY)
+        os.fsync(entry)                                                       # the name outlives a power cut
+        os.close(entry)
+    except (OSError, RuntimeError) as error:                              # torch hides an OSError in it
         error = error if isinstance(error, OSError) else error.__context__
-        raise BadInput(f'cannot write {path}: {getattr(error, "strerror", error)}; what was written '
-                       f'before is whole, so make room and type the same command again') from None
+        raise BadInput(f'cannot write {path}: {getattr(error, "strerror", error)} ({need / 1e6:,.1f} MB are '
+                       f'needed and {free / 1e6:,.1f} MB were free); what was written before is whole, so '
+                       f'make room and type the same command again') from None
     finally:
         pathlib.Path(temporary).unlink(missing_ok=True)
 
@@ -235,27 +265,36 @@ def preview(net, cfg, path, n, precision):
     data.save_grid(path, sample.picture(x), [names[k] for k in labels], columns=min(n, 10))
 
 
-def show(result):
-    """The lines that `evaluate`'s numbers make on the screen."""
-    titles = {'held_out': 'held-out loss', 'collapse_encoder': 'rests on encoder',
-              'collapse_patches': 'rests on patches'}
+TITLES = {'held_out': 'held-out loss', 'collapse_encoder': 'rests on encoder',
+          'collapse_patches': 'rests on patches'}
+
+
+def show(rows):
+    """A table for the screen: {title: a number for each of EVAL_SIGMAS}."""
     lines = ['  sigma            ' + ''.join(f'{sigma:9.3g}' for sigma in EVAL_SIGMAS)]
-    lines += [f'  {title:17}' + ''.join(f'{value:9.4f}' for value in result[name])
-              for name, title in titles.items() if name in result]
+    lines += [f'  {title:17}' + ''.join(f'{math.nan if value is None else value:9.4f}' for value in values)
+              for title, values in rows.items()]
     return '\n'.join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------- loop
+# ------------------------------------------------------------------------------- processes, signals, the log
 
-def where_am_i():
+def where_am_i(minutes):
     """(rank, world, device), with the process group set up if torchrun started us."""
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    env = os.environ
+    rank, world = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
     device = torch.device('cpu')
     if torch.cuda.is_available():
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        device = torch.device('cuda', int(env.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')                            # TF32 for what stays in float32
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        store = None
+        if env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':    # keeps the addresses of processes that died:
+            store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False)
+            store = dist.PrefixStore(f'try {env["TORCHELASTIC_RESTART_COUNT"]}', store)  # so a new page a try
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank,
+                                world_size=world, timeout=datetime.timedelta(minutes=minutes))
     return rank, world, device
 
 
@@ -268,17 +307,33 @@ def git_commit():
 
 
 def agree(mistake, world, device):
-    """All processes stop where process 0 has found a mistake."""
+    """The mistake that process 0 has found, or None, as all processes know it."""
     if world > 1:
         wrong = torch.tensor([mistake is not None], dtype=torch.int64, device=device)
         dist.broadcast(wrong, 0)
         if wrong and mistake is None:
             mistake = BadInput('process 0 has found a mistake, see there')
-    if mistake:
-        raise mistake
+    return mistake
 
 
-def heed_signals(world):
+@contextlib.contextmanager
+def alone_in(out):
+    """Keep a second run out of the folder. The lock ends with the process, however that ends."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):                                    # a file system without locks
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f'another run is writing into {out}: wait for its end, or choose another '
+                               f'--out') from None
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def heed_signals(world, minutes):
     """A function that says which signal asked to stop, 0 for none: the same answer on all processes."""
     asked = []
 
@@ -286,25 +341,116 @@ def heed_signals(world):
         if asked:
             os._exit(128 + number)
         asked.append(number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    group = dist.new_group(backend='gloo') if world > 1 else None             # never waits for a GPU
+    group = None
+    if world > 1:                                                             # gloo: never waits for a GPU
+        group = dist.new_group(backend='gloo', timeout=datetime.timedelta(minutes=minutes))
 
     def agreed():
         number = torch.tensor(asked[:1] or [0])
         if group:
             dist.all_reduce(number, dist.ReduceOp.MAX, group)
         return number.item()
-    return agreed
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield agreed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
+
+def read_log(out):
+    """The lines of `out`/log.jsonl as dictionaries; a last line that a kill cut short is left out."""
+    lines = []
+    for line in (out / 'log.jsonl').read_text().splitlines() if (out / 'log.jsonl').exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def append(path, lines):
+    """Add dictionaries to a log, all or none: half a line would spoil the next. Raises OSError.
+
+    What is not a finite number is written as null, for JSON has no word for it.
+    """
+    lines = json.loads(json.dumps(lines), parse_constant=lambda name: None)
+    text = ''.join(json.dumps(line) + '\n' for line in lines).encode()
+    with open(path, 'ab', buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+def read_ahead(read, places):
+    """read(place) for each of `places`, in turn, by a thread that is two ahead: no GPU waits for a disk."""
+    ahead = collections.deque()
+    with futures.ThreadPoolExecutor(1) as reader:
+        for place in places:
+            ahead.append(reader.submit(read, place))
+            if len(ahead) > 2:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def backward(student, teacher, x, y, draws, cfg, precision, weight):
+    """Add `weight` times the gradient of the method's loss. Returns the loss and its parts, by name.
+
+    A loss that is not finite makes its gradient NaN, and so, once gradients are averaged, every process's.
+    """
+    method_loss = model.dit_loss if cfg['stage'] == 'tune' else model.METHODS[cfg['method']]['loss']
+    with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
+        loss, parts = method_loss(student, teacher, x, y, draws, cfg)
+    loss.backward(torch.where(loss.detach().isfinite(), weight, math.nan))
+    return {'loss': loss.detach()} | parts
+
+
+GROW_EVERY = 2000                             # steps after which float16's loss scale is tried doubled
+
+
+def update(net, ema, teacher, optimizer, loss_scale, step, cfg):
+    """What follows the backward passes of step number `step`, counted from 0: clip, AdamW, the shadows.
+
+    Returns the gradient's norm, the same on all processes. Where it is not finite nothing changes but
+    `loss_scale` (2,), float16's factor of the loss and how many steps it has gone well; nothing waits for
+    the device to know.
+    """
+    scale = 1.0 if loss_scale is None else loss_scale[0].clone()
+    grads = [p.grad for p in optimizer.param_groups[0]['params']]
+    grad_norm = torch.nn.utils.get_total_norm(grads) / scale
+    ok = grad_norm.isfinite()
+    torch._foreach_mul_(grads, (MAX_GRAD_NORM / (grad_norm + 1e-6)).clamp(max=1) / scale)
+    optimizer.found_inf = (~ok).float()                                       # the fused kernel's own switch
+    optimizer.step()
+    optimizer.zero_grad()
+    model.update_ema(ema, net, model.ema_decay(cfg['ema_step'] + step), ok)
+    if teacher is not None:
+        model.update_teacher(teacher, net, step, cfg, ok)
+    if loss_scale is not None:
+        well = (loss_scale[1] + 1) * ok
+        grown = well == GROW_EVERY
+        loss_scale.copy_(torch.stack([scale * torch.where(ok, 1.0 + grown, 0.5), well * ~grown]))
+    return grad_norm
+
+
+# ---------------------------------------------------------------------------------------------------- loop
 
 def check(args, cfg, world):
     """What does not depend on files. Raises BadInput."""
+    with torch.device('meta'):                                                # nothing but shapes
+        net = model.Net(cfg)
+    if cfg['mask_ratio']:
+        model.visible_count(net.grid ** 2, cfg['mask_ratio'])
     share = world * args.accumulate
     if min(args.batch, args.accumulate, args.steps, args.log_every, args.eval_every, args.save_every) < 1 \
-            or args.preview < 0 or cfg['seed'] < 0:
-        raise BadInput('--steps, --batch, --accumulate and the three --...-every must be at least 1, '
-                       '--preview and --seed at least 0')
+            or min(args.preview, args.keep_every, cfg['seed']) < 0 or not 0 < args.timeout < math.inf:
+        raise BadInput('--steps, --batch, --accumulate, --log-every, --eval-every and --save-every must be at '
+                       'least 1, --preview, --keep-every and --seed at least 0, --timeout above 0')
     if args.batch % share:
         raise BadInput(f'--batch {args.batch} cannot be shared by {world} processes times --accumulate '
                        f'{args.accumulate}: type a multiple of {share}, such as '
@@ -324,8 +470,39 @@ def train(args, cfg, dataset, start=None):
     `start` (model weights, EMA weights) replaces the initialisation where args.out has no checkpoint yet.
     Returns the path of the last checkpoint. Raises BadInput.
     """
-    rank, world, device = where_am_i()
+    rank, world, device = where_am_i(args.timeout)
     check(args, cfg, world)
+    out = pathlib.Path(args.out)
+    try:
+        if args.export:
+            tempfile.TemporaryFile(dir=pathlib.Path(args.export).parent).close()          # found out now, not
+        out.mkdir(parents=True, exist_ok=True)                                            # after days
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise BadInput(f'cannot write to {error.filename}, which --out or --export names: '
+                       f'{error.strerror}') from None
+    with contextlib.ExitStack() as held:
+        path = state = mistake = None
+        if rank == 0:                                                         # it chooses for all
+            try:
+                held.enter_context(alone_in(out))
+                for stale in out.iterdir():                                   # what a killed run was writing
+                    if re.fullmatch(r'(\d{7,}\.pt|samples-\d{7,}\.png|log\.jsonl)\.tmp\d*', stale.name):
+                        stale.unlink()
+                path, state = newest_checkpoint(out, cfg)
+                if args.export and not path and os.path.exists(args.export):  # a resumed run may write anew
+                    raise BadInput(f'{args.export} exists already: remove it, or choose another --export')
+            except BadInput as error:
+                mistake = error
+        mistake = agree(mistake, world, device)
+        if mistake:
+            raise mistake
+        stopped_by = held.enter_context(heed_signals(world, args.timeout))
+        return loop(args, cfg, dataset, start, state, rank, world, device, stopped_by)
+
+
+def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
+    """`train`, once it is alone in args.out. `state` is the checkpoint that process 0 has chosen, or None."""
     precision = sample.pick_precision(args.precision, device)
     slow = device.type == 'cpu' and precision == torch.bfloat16
     torch.backends.cuda.enable_flash_sdp(not slow)        # on a CPU its bfloat16 backward takes half a step
@@ -335,8 +512,6 @@ def train(args, cfg, dataset, start=None):
     # the network, its two shadows (ema: what is sampled from; teacher: what the loss consults), the optimizer
     torch.manual_seed(cfg['seed'])
     net = model.Net(cfg)
-    if cfg['mask_ratio']:
-        model.visible_count(net.grid ** 2, cfg['mask_ratio'])
     ema = copy.deepcopy(net)
     if start:
         net.load_state_dict(start[0])
@@ -345,25 +520,9 @@ def train(args, cfg, dataset, start=None):
     teacher = model.make_teacher(net, cfg)
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg['lr'], betas=(0.9, 0.999), weight_decay=0, fused=True)
+    loss_scale = torch.tensor([2.0 ** 16, 0.0], device=device) if precision == torch.float16 else None
 
-    # resume: process 0 chooses the checkpoint, so that all take the same
-    try:
-        if args.export:
-            tempfile.TemporaryFile(dir=pathlib.Path(args.export).parent).close()          # found out now, not
-        out.mkdir(parents=True, exist_ok=True)                                            # after days
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise BadInput(f'cannot write to {error.filename}, which --out or --export names: '
-                       f'{error.strerror}') from None
-    path = state = mistake = None
-    if rank == 0:
-        try:
-            path, state = newest_checkpoint(out, cfg)
-            if args.export and not path and os.path.exists(args.export):      # a resumed run may write anew
-                raise BadInput(f'{args.export} exists already: remove it, or choose another --export')
-        except BadInput as error:
-            mistake = error
-    agree(mistake, world, device)
+    # resume
     step = torch.tensor([state['step'] if state else 0], device=device)
     if world > 1:
         dist.broadcast(step, 0)
@@ -375,11 +534,18 @@ def train(args, cfg, dataset, start=None):
         if teacher is not None:
             teacher.load_state_dict(state['teacher'])
         optimizer.load_state_dict(state['opt'])
+        if loss_scale is not None and state['loss_scale'] is not None:
+            loss_scale.copy_(state['loss_scale'])
     del state
+    net.checkpoint_blocks = args.checkpoint_blocks
+    if args.compile:
+        model.compile_blocks(net)
+        if teacher is not None:
+            model.compile_blocks(teacher)
     student = net
     if world > 1:
         student = DistributedDataParallel(net, [device] if device.type == 'cuda' else None,
-                                          gradient_as_bucket_view=True)
+                                          gradient_as_bucket_view=True, broadcast_buffers=False)
 
     # the header, which is the first line of the log as well
     hardware = f'CPU, {torch.get_num_threads()} threads'
@@ -387,37 +553,47 @@ def train(args, cfg, dataset, start=None):
         hardware = torch.cuda.get_device_name(device)
     count = sum(p.numel() for p in net.parameters())
     branch = sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0
-    lines = log = None
+    waiting = []                                                              # lines that a full disk refused
+
+    def log(line):
+        waiting.append(line)
+        try:
+            append(out / 'log.jsonl', waiting)
+            waiting.clear()
+        except OSError as error:
+            tqdm.write(f'cannot write {out}/log.jsonl: {error.strerror}; its last {len(waiting)} lines wait')
+
     if rank == 0:
-        lines = {
+        header = {
             'method': f'{cfg["method"]}, {cfg["mask_ratio"]:.0%} masked',
             'network': f'{cfg["model"]}, {count:,} parameters, {branch:,} in the EMA network',
             'data': f'{cfg["data"]}: {dataset.trained:,} {cfg["kind"]} and {dataset.held_out:,} held out, '
                     f'{cfg["channels"]} x {cfg["resolution"]} x {cfg["resolution"]}, '
                     f'{cfg["classes"] or "no"} classes',
-            'device': f'{world} x {hardware}, {precision}',
+            'device': f'{world} x {hardware}, {precision}' + ', compiled' * args.compile,
             'batch': f'{args.batch} = {world} processes x {micro} images x {args.accumulate} accumulated',
             'steps': f'{step} to {args.steps}',
             'versions': f'torch {torch.__version__}, numpy {np.__version__}, '
                         f'python {platform.python_version()}',
             'commit': git_commit(), 'seed': cfg['seed'], 'config': cfg}
-        for name in list(lines)[:-1]:                                         # all but the configuration
-            print(f'{name:10}{lines[name]}', flush=True)
+        for name in list(header)[:-1]:                                        # all but the configuration
+            print(f'{name:10}{header[name]}', flush=True)
         if step:
-            print(f'resumes   {path}')
-            keep = [line for line in read_log(out) if line.get('step', 0) <= step]
-            (out / 'log.tmp').write_text(''.join(json.dumps(line) + '\n' for line in keep))
-            os.replace(out / 'log.tmp', out / 'log.jsonl')
-        log = open(out / 'log.jsonl', 'a' if step else 'w', buffering=1)
-        if not step:
-            log.write(json.dumps(lines) + '\n')
+            print(f'resumes   {out / f"{step:07d}.pt"}', flush=True)
+        keep = [line for line in read_log(out) if line.get('step', 0) <= step] if step else [header]
+        try:
+            append(out / 'log.jsonl.tmp', keep)
+            os.replace(out / 'log.jsonl.tmp', out / 'log.jsonl')
+        except OSError as error:
+            raise BadInput(f'cannot write {out}/log.jsonl: {error.strerror}; make room and type the same '
+                           f'command again') from None
 
     # the loop
     def now_and_then(step):
         result = evaluate(ema, cfg, dataset, micro, rank, world, precision)
         if rank == 0:
-            log.write(json.dumps({'step': step, 'sigma': EVAL_SIGMAS} | result) + '\n')
-            tqdm.write(show(result))
+            log({'step': step, 'sigma': EVAL_SIGMAS} | result)
+            tqdm.write(show({TITLES[name]: values for name, values in result.items()}))
             if args.preview:
                 try:
                     preview(ema, cfg, out / f'samples-{step:07d}.png', args.preview, precision)
@@ -431,17 +607,38 @@ def train(args, cfg, dataset, start=None):
                 save(out / f'{step:07d}.pt', {
                     'model': net.state_dict(), 'ema': ema.state_dict(),
                     'teacher': teacher.state_dict() if teacher is not None else None,
-                    'opt': optimizer.state_dict(), 'step': step, 'config': cfg})
+                    'opt': optimizer.state_dict(), 'loss_scale': loss_scale, 'step': step, 'config': cfg})
                 for old in checkpoints(out)[:-2]:
-                    old.unlink()
+                    if not args.keep_every or int(old.stem) % args.keep_every:
+                        old.unlink()
             except BadInput as error:
                 mistake = error
-        agree(mistake, world, device)
+        return agree(mistake, world, device)
+
+    def tell_skipped(step, in_a_row):
+        if rank == 0:
+            sigma = model.draw(cfg, step, args.batch, device)['sigma']
+            log({'step': step + 1, 'skipped_in_a_row': in_a_row, 'indices': images_of(step).tolist(),
+                 'noise_levels': sigma.tolist()})
+            tqdm.write(f'step {step + 1} skipped: its loss or gradient is not finite')
+        if in_a_row == MAX_SKIPPED:
+            sys.exit(f'stopped: {MAX_SKIPPED} steps in a row, the last of them step {step + 1}, had a loss '
+                     f'or gradient that is not finite; their images and noise levels are in '
+                     f'{out}/log.jsonl, and the newest checkpoint is good' if rank == 0 else 1)
+
+    def images_of(step):
+        return data.batch_indices(cfg['seed'], step, args.batch, dataset.trained)
+
+    def read(at):
+        step, rows = at
+        tensors = dataset.rows(images_of(step)[rows])
+        return [tensor.pin_memory() for tensor in tensors] if device.type == 'cuda' else tensors
 
     if step == 0 and start:
         now_and_then(0)                                                       # tuning: before and after
-    method_loss = model.dit_loss if cfg['stage'] == 'tune' else model.METHODS[cfg['method']]['loss']
-    sums, since, stopped_by = {}, 0, heed_signals(world)
+    history, in_a_row, owed = [], 0, False
+    shares = [slice(first, first + micro) for first in range(rank * micro, args.batch, world * micro)]
+    batches = read_ahead(read, itertools.product(range(step, args.steps), shares))
     clock = time.perf_counter()
     bar = tqdm(range(step, args.steps), initial=step, total=args.steps, disable=rank > 0 or None, unit='step')
     for step in bar:
@@ -451,57 +648,58 @@ def train(args, cfg, dataset, start=None):
             group['lr'] = lr
 
         # this step's images and random numbers are those of the whole batch; each process takes its rows
-        indices = data.batch_indices(cfg['seed'], step, args.batch, dataset.trained)
         draws = model.draw(cfg, step, args.batch, device)
         normal = None
         if cfg['kind'] == 'moments':
             rng = model.generator(device, cfg['seed'], step, 'latent')
             normal = torch.randn(draws['noise'].shape, generator=rng, device=device)
-        for k in range(args.accumulate):
-            first = (k * world + rank) * micro
-            rows = slice(first, first + micro)
-            raw, y = dataset.rows(indices[rows])
-            x = dataset.to_input(raw.to(device), None if normal is None else normal[rows])
-            last = k + 1 == args.accumulate
-            with contextlib.nullcontext() if last or world == 1 else student.no_sync():
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    mine = {name: value[rows] for name, value in draws.items()}
-                    loss, parts = method_loss(student, teacher, x, y.to(device), mine, cfg)
-                (loss / args.accumulate).backward()
-            for name, value in ({'loss': loss.detach()} | parts).items():
-                sums[name] = sums.get(name, 0) + value / args.accumulate
+        numbers = {}
+        for rows in shares:
+            raw, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            x = dataset.to_input(raw, None if normal is None else normal[rows])
+            weight = (1.0 if loss_scale is None else loss_scale[0]) / args.accumulate
+            with contextlib.nullcontext() if rows is shares[-1] or world == 1 else student.no_sync():
+                mine = {name: value[rows] for name, value in draws.items()}
+                parts = backward(student, teacher, x, y, mine, cfg, precision, weight)
+            for name, value in parts.items():
+                numbers[name] = numbers.get(name, 0) + value / args.accumulate
+        numbers['grad_norm'] = update(net, ema, teacher, optimizer, loss_scale, step, cfg)
+        history.append(torch.stack(list(numbers.values())))
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        sums['grad_norm'] = sums.get('grad_norm', 0) + grad_norm
-        optimizer.step()
-        optimizer.zero_grad()
-        model.update_ema(ema, net, model.ema_decay(cfg['ema_step'] + step))
-        if teacher is not None:
-            model.update_teacher(teacher, net, step, cfg)
-
-        step, since = step + 1, since + 1                                     # from here: steps done
+        step += 1                                                             # from here: steps done
         done = step == args.steps
         if step % args.log_every == 0 or done:
-            means = torch.stack(list(sums.values())) / since                  # the only wait for the device
+            table = torch.stack(history)                                      # the only wait for the device
+            good = table[:, -1].isfinite()
+            means = table[good].mean(0)
             if world > 1:
                 dist.all_reduce(means)
+            speed = len(history) * args.batch / (time.perf_counter() - clock)
+            for at, fine in enumerate(good.tolist(), step - len(history)):
+                in_a_row = 0 if fine else in_a_row + 1
+                if not fine:
+                    tell_skipped(at, in_a_row)
             if rank == 0:
-                speed = since * args.batch / (time.perf_counter() - clock)
-                line = {'step': step} | dict(zip(sums, (means / world).tolist()))
-                line |= {'lr': lr, 'images_per_s': round(speed, 2)}
-                log.write(json.dumps(line) + '\n')
+                line = {'step': step} | dict(zip(numbers, (means / world).tolist()))
+                line |= {'skipped': (~good).sum().item(), 'lr': lr, 'images_per_s': round(speed, 2)}
+                log(line)
                 left = time.strftime('%H:%M:%S', time.gmtime((args.steps - step) * args.batch / speed))
                 days = int((args.steps - step) * args.batch / speed // 86400)
-                losses = '  '.join(f'{name} {line[name]:.4f}' for name in sums)
+                losses = '  '.join(f'{name} {line[name]:.4f}' for name in numbers)
                 tqdm.write(f'step {step}/{args.steps}  {losses}'
                            f'  {speed:.3g} images/s  {f"{days} d " if days else ""}{left} left')
-            sums, since, clock = {}, 0, time.perf_counter()
+            history, clock = [], time.perf_counter()
         if step % args.eval_every == 0 or done:
             now_and_then(step)
             clock = time.perf_counter()
         stop = stopped_by()
-        if step % args.save_every == 0 or done or stop:
-            checkpoint(step)
+        if step % args.save_every == 0 or done or stop or owed and step % args.log_every == 0:
+            mistake = checkpoint(step)
+            if mistake and (done or stop):
+                raise mistake
+            if mistake and rank == 0:
+                tqdm.write(f'{mistake}; training goes on and tries again')
+            owed = mistake is not None
             clock = time.perf_counter()
         if stop and not done:
             if rank == 0:
@@ -511,7 +709,6 @@ def train(args, cfg, dataset, start=None):
 
     path = out / f'{step:07d}.pt'
     if rank == 0:
-        log.close()
         if args.export:
             save(args.export, {'ema': model.to_maskdit_names(ema.state_dict(), cfg)} if args.official_names
                  else {'ema': ema.state_dict(), 'step': step, 'config': cfg})
@@ -521,15 +718,6 @@ def train(args, cfg, dataset, start=None):
             peak = torch.cuda.max_memory_allocated() / 2 ** 30
         print(f'done: {path}, peak memory {peak:.1f} GiB')
     return path
-
-
-def read_log(out):
-    """The lines of `out`/log.jsonl as dictionaries; a last line that a kill cut short is left out."""
-    lines = []
-    for line in (out / 'log.jsonl').read_text().splitlines() if (out / 'log.jsonl').exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
 
 
 def main(argv=None):
