@@ -1,4 +1,4 @@
-"""What makes it fast, by numbers that do not depend on the machine: FLOPs, bytes, calls. No time is asserted."""
+"""What makes it fast, in numbers that no machine changes: FLOPs, bytes, calls. Nothing is asserted of time."""
 
 import copy
 
