@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 class BadInput(ValueError):
@@ -109,6 +110,11 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]                          # (B, N, n), (B, n), (B, n)
 
 
+def keeping_inputs(function, *inputs):
+    """function(*inputs), of which backward finds the inputs alone: it computes the rest once more."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing here draws
+
+
 class Block(nn.Module):
     """A transformer block with adaLN-Zero: at initialisation every gate is zero and it is the identity.
 
@@ -129,12 +135,18 @@ class Block(nn.Module):
     def attention(self, x, index):
         B, N, n = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)    # (B, heads, N, ..)
+        if index is not None and index.ndim == 3:                             # B x heads x N x N biases: made
+            x = keeping_inputs(self.attend, q, k, v, index)                   # again in backward, not kept
+        else:
+            x = self.attend(q, k, v, index)
+        return self.proj(x.transpose(1, 2).reshape(B, N, n))
+
+    def attend(self, q, k, v, index):
         bias = None
         if self.bias is not None:
             bias = functional.embedding(index, self.bias).to(q.dtype)         # (N, N, heads), or B of them
             bias = bias.movedim(-1, -3).contiguous()                          # or no fused kernel takes it
-        x = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(B, N, n))
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)    # (B, heads, N, ..)
 
     def mlp(self, x):
         return self.fc2(functional.gelu(self.fc1(x), approximate='tanh'))
@@ -144,6 +156,12 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a), index)
         return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+
+
+def through(blocks, tokens, c, index, checkpointed):
+    for block in blocks:
+        tokens = keeping_inputs(block, tokens, c, index) if checkpointed else block(tokens, c, index)
+    return tokens                                                             # (B, N, n)
 
 
 class ModulatedLinear(nn.Module):
@@ -212,8 +230,11 @@ class Net(nn.Module):
     `cfg` is a plain dictionary with `model` ('XL/2'), `method`, `stage` ('train' or 'tune'), `resolution`,
     `channels`, `classes` (0: unconditional), and `diffusion`: 'edm', or 'ddpm' for published weights. Only
     the parameters that the method uses are built, and tuning masks nothing, so it has none that fill a slot.
+    `checkpoint_blocks` trades time for memory: backward computes each block again from its input.
     Raises BadInput for a resolution that the patch does not divide.
     """
+
+    checkpoint_blocks = False
 
     def __init__(self, cfg):
         super().__init__()
@@ -273,9 +294,7 @@ class Net(nn.Module):
         tokens = self.patch_embed(patches) + pos                              # (B, K, d)
         if self.cls is not None:                                              # SD-DiT's [CLS]: never masked
             tokens = torch.cat([self.cls.expand(len(tokens), -1, -1), tokens], dim=1)    # (B, 1 + K, d)
-        for block in self.blocks:
-            tokens = block(tokens, c, index)                                  # (B, K, d)
-        return tokens
+        return through(self.blocks, tokens, c, index, self.checkpoint_blocks)    # (B, K, d)
 
     def fill(self, tokens, visible, patches, c, gain=1.0):
         """All N slots of the decoder, positions added: `tokens` (B, K, e) where visible, elsewhere what the
@@ -295,8 +314,7 @@ class Net(nn.Module):
     def decode(self, tokens, c):
         """Filled tokens (B, N, e) -> values (B, N, P)."""
         index = getattr(self, 'relative', None)                               # (N, N); EMADecoder has none
-        for block in self.decoder_blocks:
-            tokens = block(tokens, c, index)                                  # (B, N, e)
+        tokens = through(self.decoder_blocks, tokens, c, index, self.checkpoint_blocks)  # (B, N, e)
         return self.final(tokens, c)                                          # (B, N, P)
 
     def forward(self, x, c_noise, y=None, visible=None, patches=None, gains=(1.0, 1.0)):
@@ -361,7 +379,7 @@ class EMADecoder(nn.Module):
         self.final = copy.deepcopy(net.final)
         self.register_buffer('decoder_pos', net.decoder_pos.detach().clone(), persistent=False)
 
-    decode = Net.decode
+    decode, checkpoint_blocks = Net.decode, False
 
     def forward(self, x, c):
         """F_ema (B, C, H, W) of an image whose every token is embedded and none encoded."""
@@ -385,7 +403,7 @@ class EMAEncoder(nn.Module):
         self.register_buffer('seen', torch.zeros(2, PROTOTYPES), persistent=False)   # since the last update
         self.calls = 0
 
-    condition, encode = Net.condition, Net.encode
+    condition, encode, checkpoint_blocks = Net.condition, Net.encode, False
 
     def forward(self, x, c_noise, y):
         """Logits (B, 1 + N, 8192) of images that hide nothing; their means are remembered for the centers."""
@@ -396,14 +414,24 @@ class EMAEncoder(nn.Module):
         return logits
 
     @torch.no_grad()
-    def update_centers(self):
+    def update_centers(self, ok=None):
         mean = self.seen / self.calls
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
+        if ok is not None:
+            mean = torch.where(ok, mean, self.centers)                        # what was seen may be infinite
         self.centers.lerp_(mean, 1 - CENTER_MOMENTUM)
         self.seen.zero_()
         self.calls = 0
+
+
+def compile_blocks(net):
+    """Compile each block of a network or a teacher in its place, for one graph a shape: blocks of the same
+    shapes share it. Names of parameters stay, and a copy of the network is not compiled."""
+    for module in net.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)
 
 
 def make_teacher(net, cfg):
@@ -420,21 +448,27 @@ def make_teacher(net, cfg):
     return teacher if teacher is None else teacher.requires_grad_(False).to(net.pos.device)
 
 
-def update_teacher(teacher, net, step, cfg):
-    """What follows the optimizer's step number `step`, counted from 0."""
+def update_teacher(teacher, net, step, cfg, ok=None):
+    """What follows the optimizer's step number `step`, counted from 0. If that was skipped, which `ok` says
+    as for `update_ema`, nothing changes and what the teacher has seen is forgotten."""
     decay = BRANCH_DECAY
     if cfg['method'] == 'sddit':
         decay = teacher_momentum(step / cfg['steps'])
-        teacher.update_centers()
-    update_ema(teacher, net, decay)
+        teacher.update_centers(ok)
+    update_ema(teacher, net, decay, ok)
 
 
 @torch.no_grad()
-def update_ema(shadow, net, decay):
-    """shadow <- decay * shadow + (1 - decay) * net, for every parameter that the shadow has."""
+def update_ema(shadow, net, decay, ok=None):
+    """shadow <- decay * shadow + (1 - decay) * net, for every parameter that the shadow has.
+
+    `ok` () bool, a tensor: if it is False the shadow stays as it is, and nobody waits for the device to
+    learn which.
+    """
     source = dict(net.named_parameters())
     names, values = zip(*shadow.named_parameters())
-    torch._foreach_lerp_(list(values), [source[name] for name in names], 1 - decay)
+    weight = 1 - decay if ok is None else [ok.to(values[0].dtype) * (1 - decay)] * len(values)
+    torch._foreach_lerp_(list(values), [source[name] for name in names], weight)
 
 
 def ema_decay(step, decay=0.9999):

@@ -175,6 +175,62 @@ def test_guidance_in_an_interval_costs_nothing_outside():
     assert all((size == 4) == (0.2 < level <= 2.0) for level, size in sizes)
 
 
+def test_an_interval_costs_93_rows_an_image_where_guidance_everywhere_costs_158():
+    """79 evaluations, 14 of them in (0.19, 1.61]; a net that counts its rows and their images' sizes."""
+    cfg, rows = config(), []
+
+    class Counting(model.Net):
+        def forward(self, x, c_noise, y, *rest):
+            rows.append(len(x))
+            return torch.zeros_like(x), None, None
+
+    counting = Counting(cfg)
+    for w, interval, total in ((1.0, None, 79), (3.0, (0.19, 1.61), 93), (3.0, None, 158)):
+        rows.clear()
+        sample.generate(counting, cfg, 0, range(3), [0, 1, 2], 40, sample.guidance(w, cfg, interval))
+        assert len(rows) == 79 and sum(rows) == 3 * total
+
+
+# ------------------------------------------------------------------------------------------------ precision
+
+
+@pytest.mark.parametrize(
+    'capability, bf16, precision',
+    [((9, 0), True, torch.bfloat16), ((7, 0), False, torch.float16), ((6, 1), False, torch.float32)],
+)
+def test_precision_of_gpus(capability, bf16, precision, monkeypatch):
+    """H200, V100 and a GTX 1080, whose float16 is slower than its float32."""
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: bf16)
+    assert sample.pick_precision('auto', torch.device('cuda')) == precision
+    assert sample.pick_precision('fp32', torch.device('cuda')) == torch.float32
+
+
+@pytest.mark.parametrize('precision, bound', [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+def test_weights_cast_once_give_the_same_bits_as_autocast(precision, bound):
+    """And both the pictures of float32 to a few hundredths or thousandths, with the same seed."""
+    cfg = config()
+    torch.manual_seed(0)
+    net = randomise(model.Net(cfg)).requires_grad_(False)
+    make = lambda *precision: sample.generate(net, cfg, 0, range(2), [0, 1], 8, lambda sigma: 2.0, *precision)
+    exact, cast_at_every_call = make(), make(precision)
+    sample.make_ready(net, precision)
+    assert net.blocks[0].fc1.weight.dtype == precision and exact.dtype == torch.float64
+    assert torch.equal(make(precision), cast_at_every_call)
+    assert 0 < (cast_at_every_call - exact).norm() < bound * exact.norm()
+
+
+@pytest.mark.slow
+def test_compiled_sampling_makes_the_same_pictures(checkpoint, tmp_path):
+    """The compiler takes half a minute to start. Two sizes of batches, with and without guidance."""
+    path, made = checkpoint(), []
+    flags = [str(path), '-n', '5', '--steps', '4', '--batch', '3', '--precision', 'fp32', '--cfg', '2']
+    for extra in ([], ['--compile']):
+        sample.main([*flags, '--cfg-interval', '0.1', '10', '--npz', str(tmp_path / f'{extra}.npz'), *extra])
+        made.append(np.load(tmp_path / f'{extra}.npz')['arr_0'].astype(int))
+    assert abs(made[0] - made[1]).max() <= 1 and made[0].std() > 10
+
+
 # ---------------------------------------------------------------------------------------------- inpainting
 
 
