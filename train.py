@@ -449,8 +449,8 @@ def check(args, cfg, world):
     share = world * args.accumulate
     if min(args.batch, args.accumulate, args.steps, args.log_every, args.eval_every, args.save_every) < 1 \
             or min(args.preview, args.keep_every, cfg['seed']) < 0 or not 0 < args.timeout < math.inf:
-        raise BadInput('--steps, --batch, --accumulate, --log-every, --eval-every and --save-every must be at '
-                       'least 1, --preview, --keep-every and --seed at least 0, --timeout above 0')
+        raise BadInput('--steps, --batch, --accumulate, --log-every, --eval-every and --save-every must be '
+                       'at least 1, --preview, --keep-every and --seed at least 0, --timeout above 0')
     if args.batch % share:
         raise BadInput(f'--batch {args.batch} cannot be shared by {world} processes times --accumulate '
                        f'{args.accumulate}: type a multiple of {share}, such as '

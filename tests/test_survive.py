@@ -104,11 +104,11 @@ def test_stopped_after_any_step(moments, tmp_path, monkeypatch, stop):
 
 
 def test_two_processes_resume_bit_equal_and_other_numbers_of_them_to_1e_5(shapes, moments, tmp_path):
-    """Two processes stopped in step 3 by a signal that one of them got; and runs that change over half-way."""
+    """Two processes stopped in step 3 by a signal that one of them got; and runs that change over midway."""
     flags = ['--steps', '6', '--lr-decay', '0.5']
     first = run(shapes, tmp_path / 'first', '--steps', '2')
     kinds = {
-        method: ['train', *TINY, '--data', str(shapes), '--method', method, *flags] for method in model.METHODS
+        name: ['train', *TINY, '--data', str(shapes), '--method', name, *flags] for name in model.METHODS
     }
     kinds['accumulated'] = [*kinds['mcdit'], '--accumulate', '2']
     kinds['moments'] = ['train', *TINY, '--data', str(moments), '--model', 'T/2', *flags]
@@ -226,7 +226,7 @@ def test_every_kth_checkpoint_is_kept(shapes, tmp_path):
 
 
 def test_a_second_run_stays_out_of_the_folder(shapes, tmp_path):
-    """Until the first has ended, even by kill -9; its unfinished files are then removed, nobody else's are."""
+    """Until the first has ended, even by kill -9; then its unfinished files are removed, and no others."""
     child = beside(doomed, shapes, tmp_path, ['--steps', '1000', '--save-every', '1'], True)
     while not list(tmp_path.glob('*.pt.tmp*')):
         assert child.is_alive()
@@ -321,7 +321,8 @@ def at_steps(monkeypatch, happenings):
 
 def test_a_full_disk_leaves_the_checkpoint_before(shapes, tmp_path, monkeypatch, room, capsys):
     at_steps(monkeypatch, {1: lambda: room(100_000)})
-    with pytest.raises(model.BadInput, match=r'cannot write .*0000003.pt: File too large \([\d.]+ MB are needed'):
+    words = r'cannot write .*0000003.pt: File too large \([\d.]+ MB are needed'
+    with pytest.raises(model.BadInput, match=words):
         run(shapes, tmp_path, '--steps', '3', '--save-every', '1')
     assert 'cannot write' in capsys.readouterr().out                          # at step 2, and it went on
     assert [path.name for path in sorted(tmp_path.iterdir())] == ['0000001.pt', 'log.jsonl']
@@ -348,7 +349,8 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(train.shutil, 'disk_usage', lambda folder: usage)
     monkeypatch.setattr(torch, 'save', lambda *args: pytest.fail('it was begun'))
     state = {'a': [torch.zeros(10 ** 6), {'b': torch.zeros(5, 10, dtype=torch.float64)}], 'step': 4}
-    with pytest.raises(model.BadInput, match=r'No space left on device \(4.0 MB are needed and 3.0 MB were free'):
+    words = r'No space left on device \(4.0 MB are needed and 3.0 MB were free'
+    with pytest.raises(model.BadInput, match=words):
         train.save(tmp_path / 'x.pt', state)
 
 
@@ -411,7 +413,7 @@ def test_a_process_that_hangs_ends_the_run_after_the_timeout(shapes, tmp_path):
     os.kill(frozen, signal.SIGSTOP)
     before = time.monotonic()
     process.stdout.read()
-    assert process.wait() != 0 and time.monotonic() - before < 90             # 6 s, and torchrun's 30 s of grace
+    assert process.wait() != 0 and time.monotonic() - before < 90            # 6 s, and torchrun's grace of 30
 
 
 # ---------------------------------------------------------------------------------------------- not a number
@@ -505,8 +507,8 @@ def test_all_processes_skip_what_one_of_them_saw(tmp_path):
     folder = poisoned(tmp_path / 'data', 41, [0])
     step, = (step for step in range(5) if 0 in data.batch_indices(0, step, 8, 40))
     for method in ('sddit', 'mcdit'):
-        argv = ['train', *TINY, '--data', str(folder), '--method', method, '--steps', '5', '--save-every', '1',
-                '--keep-every', '1', '--out', str(tmp_path / method)]
+        argv = ['train', *TINY, '--data', str(folder), '--method', method, '--out', str(tmp_path / method),
+                '--steps', '5', '--save-every', '1', '--keep-every', '1']
         done = torchrun(ROOT / 'tests' / 'worker.py', json.dumps([argv]), tmp_path / 'spread.json')
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / 'spread.json').read_text())[0]['difference'] == 0

@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 tests/worker.py '[["train", "--method", "dit", ...], ...]' FILE
 
 FILE gets a JSON list: for each command the largest difference between any two processes' weights, of the
-network and of its shadows. A first word `stop=3` asks process 1 alone to stop in step number 3, as a scheduler
-would; `die=3` kills it there without a word, unless torchrun has already started the group anew.
+network and of its shadows. A first word `stop=3` asks process 1 alone to stop in step number 3, as a
+scheduler would; `die=3` kills it there without a word, unless torchrun has already started the group anew.
 """
 
 import json
