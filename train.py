@@ -156,8 +156,9 @@ def size_of(state):
 def save(path, state):
     """Write a file complete or not at all: under another name, flushed, then renamed. Raises BadInput."""
     folder, temporary = pathlib.Path(path).parent, f'{path}.tmp{os.getpid()}'
-    need, free = size_of(state), shutil.disk_usage(folder).free
+    need, free = size_of(state), 0
     try:
+        free = shutil.disk_usage(folder).free
         if need > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with open(temporary, 'wb') as file:
@@ -171,8 +172,8 @@ def save(path, state):
     except (OSError, RuntimeError) as error:                              # torch hides an OSError in it
         error = error if isinstance(error, OSError) else error.__context__
         raise BadInput(f'cannot write {path}: {getattr(error, "strerror", error)} ({need / 1e6:,.1f} MB are '
-                       f'needed and {free / 1e6:,.1f} MB were free); what was written before is whole, so '
-                       f'make room and type the same command again') from None
+                       f'needed and {free / 1e6:,.1f} MB were free); make room, what was written before is '
+                       f'whole') from None
     finally:
         pathlib.Path(temporary).unlink(missing_ok=True)
 
@@ -632,7 +633,10 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
     def read(at):
         step, rows = at
         tensors = dataset.rows(images_of(step)[rows])
-        return [tensor.pin_memory() for tensor in tensors] if device.type == 'cuda' else tensors
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)                                     # a thread begins on the first GPU
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return tensors
 
     if step == 0 and start:
         now_and_then(0)                                                       # tuning: before and after
@@ -698,7 +702,7 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             if mistake and (done or stop):
                 raise mistake
             if mistake and rank == 0:
-                tqdm.write(f'{mistake}; training goes on and tries again')
+                tqdm.write(f'{mistake}; training goes on, and tries again at each line of the log')
             owed = mistake is not None
             clock = time.perf_counter()
         if stop and not done:

@@ -120,6 +120,15 @@ def test_a_run_writes_checkpoints_log_and_pictures(shapes, tmp_path, capsys, met
     sample.main([str(tmp_path / 'ema.pt'), '--n', '1', '--steps', '2'])
 
 
+@pytest.mark.slow
+def test_compiled_blocks_train_as_eager_ones_do(shapes, tmp_path):
+    for name in ('--compile', '--no-compile'):
+        run(shapes, tmp_path / name, '--steps', '20', '--lr', '1e-3', name)
+    assert train.read_log(tmp_path / '--compile')[0]['device'].endswith(', compiled')
+    one, two = ([line['loss'] for line in lines(tmp_path / name)] for name in ('--compile', '--no-compile'))
+    assert one == pytest.approx(two, rel=1e-5)
+
+
 def test_losses_fall(shapes, tmp_path):
     run(shapes, tmp_path, '--steps', '60', '--batch', '16', '--lr', '2e-3')
     loss = [line['clean'] for line in lines(tmp_path)]
