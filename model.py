@@ -320,16 +320,17 @@ class Net(nn.Module):
     def forward(self, x, c_noise, y=None, visible=None, patches=None, gains=(1.0, 1.0)):
         """F (B, C, H, W) in at least float32, the conditioning c (B, d), SD-DiT's logits (B, 1 + K, 8192).
 
-        x         (B, C, H, W)  the noisy image, already scaled by c_in
+        x         (B, C, H, W)  the noisy image, already scaled by c_in; None: c is all that is asked for
         c_noise   (B,)          ln(sigma) / 4
         y         (B,)          labels; the number `classes` means dropped
         visible   (B, K)        indices of the visible tokens; None: all of them
         patches   (B, N, P)     what `fill` may embed into the masked slots
         gains     two factors   on the encoder's tokens and the filled ones, at the decoder's door
         """
-        x, c_noise = x.to(self.pos.dtype), c_noise.to(self.pos.dtype)
-        c = self.condition(c_noise, y)                                        # (B, d)
-        tokens = self.encode(patchify(x, self.patch), c, visible)             # (B, K, d)
+        c = self.condition(c_noise.to(self.pos.dtype), y)                     # (B, d)
+        if x is None:
+            return None, c, None
+        tokens = self.encode(patchify(x.to(self.pos.dtype), self.patch), c, visible)     # (B, K, d)
         logits = self.head(tokens) if hasattr(self, 'head') and visible is not None else None
         if self.cls is not None:
             tokens = tokens[:, 1:]                                            # (B, K, d)
@@ -686,10 +687,31 @@ def sddit_loss(net, teacher, x0, y, draws, cfg):
 TOKEN_GAINS = {'both': (1.0, 1.0), 'noisy': (1.0, 0.0), 'clean': (0.0, 1.0)}  # MC-DiT Table 10
 
 
+def mcdit_branches(net, teacher, x0, y, draws, cfg):
+    """What the EMA decoder makes of the image if every patch of it is noisy, and if every patch is clean:
+    D_noisy and D_clean (B, C, H, W) under the names of their losses. One pass makes both."""
+    sigma, sd = draws['sigma'], cfg['sigma_data']
+    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+    y = drop_labels(y, draws, cfg)
+    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
+    uses = [(name, x) for name, x in (('con1', xt), ('con2', x0)) if cfg['lambda_' + name]]
+    if not uses:
+        return {}
+    inputs = torch.cat([c_in * x if name == 'con1' else x / sd for name, x in uses])    # (2B, C, H, W)
+    if cfg['teacher_encoder']:
+        with torch.no_grad():
+            F, *_ = teacher(inputs, c_noise.repeat(len(uses)), y.repeat(len(uses)))
+    else:
+        c = net(None, c_noise, y)[1].detach()                                 # no_grad could leave autocast with
+        with torch.no_grad():                                                 # casts that the main branch reuses
+            F = teacher(inputs, c.repeat(len(uses), 1))                       # and that have no graph
+    return {name: c_skip * x + c_out * F_ema for (name, x), F_ema in zip(uses, F.chunk(len(uses)))}
+
+
 def mcdit_student(net, x0, y, draws, cfg, gains):
     """What the main branch makes of the mixed image, with what it was made from.
 
-    D_theta (B, C, H, W), c (B, d), the noisy image xt, the labels it was told, and (visible, masked).
+    D_theta (B, C, H, W), the noisy image xt, and (visible, masked).
     """
     sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
     visible, masked = split_tokens(draws, cfg)
@@ -697,16 +719,16 @@ def mcdit_student(net, x0, y, draws, cfg, gains):
     y = drop_labels(y, draws, cfg)
     xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
     x_in = unpatchify(put(patchify(x0, p), visible, take(patchify(xt, p), visible)), p, x0.shape[1])
-    F, c, _ = net(c_in * xt, c_noise, y, visible, patchify(x0 / sd, p), gains)  # 1/sd is c_in at sigma = 0
-    return c_skip * x_in + c_out * F, c, xt, y, (visible, masked)
+    F, *_ = net(c_in * xt, c_noise, y, visible, patchify(x0 / sd, p), gains)  # 1/sd is c_in at sigma = 0
+    return c_skip * x_in + c_out * F, xt, (visible, masked)
 
 
 def mcdit_loss(net, teacher, x0, y, draws, cfg):
     """Clean-to-clean reconstruction, kept from collapsing by two uses of the EMA decoder. MC-DiT eq. 8-12."""
-    sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
-    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
-    w = loss_weight(sigma, sd)
-    D, c, xt, y, (visible, masked) = mcdit_student(net, x0, y, draws, cfg, TOKEN_GAINS[cfg['tokens']])
+    p = parse_size(cfg['model'])[2]
+    w = loss_weight(draws['sigma'], cfg['sigma_data'])
+    branches = mcdit_branches(net, teacher, x0, y, draws, cfg)                # while memory is empty: first
+    D, xt, (visible, masked) = mcdit_student(net, x0, y, draws, cfg, TOKEN_GAINS[cfg['tokens']])
 
     clean = mean_over(w * (D - x0) ** 2, visible, p)                          # eq. 8
     parts = {'clean': clean}
@@ -719,18 +741,9 @@ def mcdit_loss(net, teacher, x0, y, draws, cfg):
     else:
         loss = clean
 
-    uses = [(name, x) for name, x in (('con1', xt), ('con2', x0)) if cfg['lambda_' + name]]
-    if uses:
-        inputs = torch.cat([c_in * x if name == 'con1' else x / sd for name, x in uses])    # (2B, C, H, W)
-        with torch.no_grad():
-            if cfg['teacher_encoder']:
-                F, *_ = teacher(inputs, c_noise.repeat(len(uses)), y.repeat(len(uses)))
-            else:
-                F = teacher(inputs, c.repeat(len(uses), 1))
-        for (name, x), F_ema in zip(uses, F.chunk(len(uses))):
-            D_ema = c_skip * x + c_out * F_ema
-            parts[name] = mean_over(w * (D - D_ema) ** 2, visible, p)         # eq. 10, 11
-            loss = loss + cfg['lambda_' + name] * parts[name]                 # eq. 12
+    for name, D_ema in branches.items():
+        parts[name] = mean_over(w * (D - D_ema) ** 2, visible, p)             # eq. 10, 11
+        loss = loss + cfg['lambda_' + name] * parts[name]                     # eq. 12
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
@@ -743,7 +756,7 @@ def collapse(net, x0, y, draws, cfg):
     read the clean patches and ignore the encoder shows as `encoder` near 0.
     """
     p, gains = parse_size(cfg['model'])[2], TOKEN_GAINS[cfg['tokens']]
-    D, *_, (visible, _) = mcdit_student(net, x0, y, draws, cfg, gains)
+    D, _, (visible, _) = mcdit_student(net, x0, y, draws, cfg, gains)
     sums = {'output': take(patchify(D ** 2, p), visible).sum()}
     for name, gains in (('encoder', (0.0, gains[1])), ('patches', (gains[0], 0.0))):
         D_zeroed = mcdit_student(net, x0, y, draws, cfg, gains)[0]

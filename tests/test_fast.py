@@ -4,11 +4,13 @@ Most of it is counted on `meta` tensors, which have shapes and no content: XL/2 
 """
 
 import copy
+import weakref
 
 import pytest
 import torch
 from conftest import build, config, draws, images, randomise
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
@@ -28,6 +30,26 @@ def loss_on_meta(cfg, n=1):
         x, y = torch.empty(n, 4, cfg['resolution'], cfg['resolution']), torch.empty(n, dtype=torch.long)
     made = {name: value.to('meta') for name, value in model.draw(cfg, 0, n).items()}
     return net, teacher, lambda: METHODS[cfg['method']]['loss'](net, teacher, x, y, made, cfg)[0]
+
+
+class FusedAttention(torch.autograd.Function):
+    """What a fused kernel keeps: q, k, v, the bias and its result, and no N x N weights."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        result = torch.empty_like(v.transpose(1, 2)).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, bias, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    attention = lambda q, k, v, attn_mask: FusedAttention.apply(q, k, v, attn_mask)
+    monkeypatch.setattr(functional, 'scaled_dot_product_attention', attention)
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
@@ -57,7 +79,7 @@ def training_flops(method, size, N):
     both = rest_of_stem(d) + depth * block(seen, d, d) + modulated(K, d, e, d) + decoder
     once, filled = 0, N * 16 * e
     if method == 'mcdit':
-        once = 2 * (filled + decoder)  # two branches, no encoder, no gradient
+        once = 2 * (filled + decoder) + 256 * d + d * d  # two branches without encoder; c for them
     elif method == 'sddit':
         head = d * 2048 + 2048 * 2048 + 2048 * 256 + 256 * 8192
         both += seen * head
@@ -103,20 +125,26 @@ def test_a_step_asks_for_no_number():
 # ---------------------------------------------------------------------------------------- MC-DiT's branches
 
 
+class Kept:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
 def saved_bytes(function, net):
-    """Bytes that backward of `function` would find, the network's own parameters left out."""
-    kept = {}
+    """Bytes that backward of what `function` returns would find, the network's own parameters left out."""
+    everything = []
 
     def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, or its address would serve another
-        return tensor
+        kept = Kept(tensor)
+        everything.append(weakref.ref(kept))
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         result = function()
+    kept = [kept().tensor.untyped_storage() for kept in everything if kept() is not None]
+    assert result is not None  # so its graph has been alive until here
     own = {p.untyped_storage()._cdata for p in net.parameters()}
-    assert result is not None
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    return sum({storage._cdata: storage.nbytes() for storage in kept if storage._cdata not in own}.values())
 
 
 def test_the_branches_keep_nothing_for_backward():
@@ -139,6 +167,43 @@ def test_the_branches_keep_nothing_for_backward():
     assert bytes_of['maskdit'][0] > 1000 * image
 
 
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made under it hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def freed(self, address, size):
+        self.now -= size
+        self.known.remove(address)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def test_the_branches_come_before_the_activations(fused):
+    """So the peak of a step is MaskDiT's, the EMA decoder's weights, and a few images. With the branches
+    last, their own activations would lie on top: 530 images' worth, 3 GB for 256 of XL/2 in float32."""
+    n, peaks = 4, {}
+    image = n * 4 * 32 * 32 * 4
+    for method in ('maskdit', 'mcdit'):
+        net, teacher, loss = loss_on_meta(latents(method, 'S/2'), n)
+        with PeakBytes() as held:
+            loss().backward()
+        peaks[method] = held.peak
+    weights = sum(4 * p.numel() for p in teacher.parameters())
+    assert abs(peaks['mcdit'] - peaks['maskdit'] - weights) < 10 * image
+
+
 def nodes(tensor):
     """Names of the nodes of the graph behind `tensor`."""
     found, ahead = set(), [tensor.grad_fn]
@@ -159,7 +224,7 @@ def test_one_pass_of_each_decoder_and_no_graph_through_the_second():
         for part in whose.decoder_blocks:
             part.register_forward_hook(lambda _, args, __, whose=whose: calls.append((whose, len(args[0]))))
     loss, _ = model.mcdit_loss(net, teacher, x, y, draws(cfg), cfg)
-    assert calls == [(net, 4)] * 2 + [(teacher, 8)] * 2
+    assert calls == [(teacher, 8)] * 2 + [(net, 4)] * 2
     linears = sum(isinstance(module, torch.nn.Linear) for module in net.modules())
     assert sum(name.startswith(('Addmm', 'Linear')) for name in nodes(loss)) == linears
 
@@ -167,33 +232,16 @@ def test_one_pass_of_each_decoder_and_no_graph_through_the_second():
 # ----------------------------------------------------------------------------------------------- MDT's biases
 
 
-class FusedAttention(torch.autograd.Function):
-    """What a fused kernel keeps: q, k, v, the bias and its result, and no N x N weights."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias):
-        result = torch.empty_like(v.transpose(1, 2)).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, bias, result)
-        return result
-
-
 @pytest.mark.parametrize('size', ['S/2', 'XL/2'])
-def test_mdts_masked_pass_keeps_no_more_a_token_than_the_other(size, monkeypatch):
+def test_mdts_masked_pass_keeps_no_more_a_token_than_the_other(size, fused):
     """Every image has its own visible tokens and so its own biases; kept, they would make it 1.08 to 1.09."""
     net, *_ = loss_on_meta(latents('mdt', size))
     with torch.device('meta'):
         patches, c = torch.empty(4, 256, 16), torch.empty(4, net.pos.shape[-1])
         visible = torch.empty(4, 179, dtype=torch.long)
-    for fused in (False, True):
-        if fused:
-            monkeypatch.setattr(
-                functional,
-                'scaled_dot_product_attention',
-                lambda q, k, v, attn_mask: FusedAttention.apply(q, k, v, attn_mask),
-            )
-        full = saved_bytes(lambda: net.encode(patches, c), net) / 256
-        masked = saved_bytes(lambda: net.encode(patches, c, visible), net) / 179
-        assert 0.5 * full < masked <= 1.05 * full
+    full = saved_bytes(lambda: net.encode(patches, c), net) / 256
+    masked = saved_bytes(lambda: net.encode(patches, c, visible), net) / 179
+    assert 0.5 * full < masked <= 1.05 * full
 
 
 # ---------------------------------------------------------------------------- every way to the same gradients

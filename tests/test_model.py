@@ -156,7 +156,7 @@ def test_initially_D_is_the_skip(method):
     assert torch.equal(model.denoise(net, x, sigma, y, cfg), c_skip * x)
     if method == 'mcdit':
         made = draws(cfg, dtype=torch.float32)
-        D, _, xt, _, (visible, _) = model.mcdit_student(net, x, y, made, cfg, (1.0, 1.0))
+        D, xt, (visible, _) = model.mcdit_student(net, x, y, made, cfg, (1.0, 1.0))
         x_in = x.clone()
         mask = torch.ones(4, 16).scatter(1, visible, 0.0)  # 1 = masked
         picture_mask = mask.reshape(4, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -865,7 +865,7 @@ def test_collapse_measure():
     x, y = images(cfg)
     made = draws(cfg)
     sums = model.collapse(net, x, y, made, cfg)
-    D, _, _, _, (visible, _) = model.mcdit_student(net, x, y, made, cfg, (1.0, 1.0))
+    D, _, (visible, _) = model.mcdit_student(net, x, y, made, cfg, (1.0, 1.0))
     for name, gains in (('encoder', (0.0, 1.0)), ('patches', (1.0, 0.0))):
         D0 = model.mcdit_student(net, x, y, made, cfg, gains)[0]
         assert sums[name] == model.take(model.patchify((D - D0) ** 2, 2), visible).sum() > 0
