@@ -702,9 +702,9 @@ def mcdit_branches(net, teacher, x0, y, draws, cfg):
         with torch.no_grad():
             F, *_ = teacher(inputs, c_noise.repeat(len(uses)), y.repeat(len(uses)))
     else:
-        c = net(None, c_noise, y)[1].detach()                                 # no_grad could leave autocast with
-        with torch.no_grad():                                                 # casts that the main branch reuses
-            F = teacher(inputs, c.repeat(len(uses), 1))                       # and that have no graph
+        c = net(None, c_noise, y)[1].detach()                          # no_grad could leave autocast with
+        with torch.no_grad():                                          # casts that the main branch reuses
+            F = teacher(inputs, c.repeat(len(uses), 1))                # and that have no graph
     return {name: c_skip * x + c_out * F_ema for (name, x), F_ema in zip(uses, F.chunk(len(uses)))}
 
 
