@@ -4,8 +4,11 @@ Most of it is counted on `meta` tensors, which have shapes and no content: XL/2 
 """
 
 import copy
+import json
+import statistics
 import weakref
 
+import bench
 import pytest
 import torch
 from conftest import build, config, draws, images, randomise
@@ -328,6 +331,45 @@ def test_checkpointed_blocks_keep_their_input_alone():
     inputs = saved_bytes(lambda: net.encode(patches, c), net)
     one = 4 * 256 * 384 * 4
     assert 12 * one <= inputs <= 12.5 * one and inputs < everything / 10
+
+
+# ------------------------------------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_writes_what_it_shows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, 'SAMPLING_STEPS', 3)
+    flags = ['--model', 'T/2', '--batch', '1', '--rounds', '3', '--no-compile', '--json', str(tmp_path / 'a')]
+    more = ['--methods', 'dit', 'mcdit', '--precision', 'bf16', '--sampling', '--images', '2']
+    report = bench.main([*flags, *more])
+    assert json.loads((tmp_path / 'a').read_text()) == report
+    (section,) = report['sections']
+    rows = section['rows']
+    assert list(rows) == ['dit', 'mcdit', 'again'] and section['peak'] is None
+    for row in rows.values():
+        took, first = statistics.median(row['times']), statistics.median(rows['dit']['times'])
+        assert len(row['times']) == 3 and row['seconds'] == took and row['time_ratio'] == took / first
+        assert row['flops_per_s'] == pytest.approx(row['flops'] * row['images_per_s'])
+        assert row['overhead'] == row['time_ratio'] / row['flop_ratio']
+    assert rows['again']['flop_ratio'] == 1 < rows['mcdit']['flop_ratio']
+    assert [plan['images'] for plan in section['sampling'].values()] == [2, 2, 2]
+    shown = capsys.readouterr().out
+    assert all(f'| {name} |' in shown for name in rows) and '50,000 images at 3 steps, guidance:' in shown
+    wide = bench.main([*flags, '--methods', 'dit', '--tokens', '1024', '--rounds', '1', '--steps', '2'])
+    assert wide['sections'][0]['rows']['dit']['flops'] > 4 * rows['dit']['flops']
+
+
+def test_the_benchmarks_plan_for_a_gpu(monkeypatch):
+    """Its flags are known, and its devices' peaks; without a GPU it says that nothing was measured."""
+    plan = [bench.parse(flags) for flags in bench.GPU_PLAN]
+    assert {method for section in plan for method in section.methods} == METHODS.keys()
+    assert any(section.sampling for section in plan)
+    for name, peak in (('NVIDIA H200', 989e12), ('Tesla V100-SXM2-16GB', 125e12), ('Some GPU', None)):
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+        assert bench.peak_flops(torch.device('cuda'), torch.bfloat16) == peak
+        assert bench.peak_flops(torch.device('cuda'), torch.float32) is None
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match='not measured on a GPU'):
+            bench.main(['--gpu'])
 
 
 # ------------------------------------------------------------------------------------- a step that is skipped
