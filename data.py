@@ -10,7 +10,8 @@ Every script of this repository reads a folder with three files:
                    moments    float16 (N, 2C, h, w)    a VAE's mean, then log-variance: sampled at each use
                    latents    float   (N, C, h, w)     already sampled and scaled, as other repositories write
     labels.npy   int64 (N,)
-    meta.json    {"kind", "classes"}; for moments "scale"; and, where known, "class_names"
+    meta.json    {"kind", "classes"}; for moments "scale"; and, where known, "class_names", and of moments
+                 "vae", the file that made them and decodes, with its hash "vae_sha256"
 
 `classes` is 0 for data without labels. The last 2 % of a data set, at most 1,000 images, are held out from
 training, so rows must be in no order, such as one class after the other: `folder` shuffles while it writes.
@@ -54,6 +55,7 @@ class Data:
     """A data folder, opened and checked. Nothing is read into memory but the labels.
 
     kind, scale, classes, class_names    from meta.json
+    vae, vae_sha256                      from meta.json, or None
     channels, resolution                 of what the network sees: moments have half the channels of the file
     count = trained + held_out           the first `trained` images are for training
     Raises BadInput, with what is wrong and what to type.
@@ -80,6 +82,9 @@ class Data:
         if type(self.classes) is not int or self.classes < 0 or type(self.scale) not in (int, float):
             raise BadInput(f'{path}/meta.json needs "classes", a number from 0 up, and "scale" is a number')
         self.class_names = meta.get('class_names') or [str(i) for i in range(self.classes)]
+        self.vae, self.vae_sha256 = meta.get('vae'), meta.get('vae_sha256')
+        if not all(value is None or isinstance(value, str) for value in (self.vae, self.vae_sha256)):
+            raise BadInput(f'{path}/meta.json needs text in "vae" and "vae_sha256", a file and its hash')
 
         shape, dtype = self.array.shape, self.array.dtype
         if len(shape) != 4 or shape[2] != shape[3] or dtype not in KINDS[self.kind]:
@@ -146,6 +151,9 @@ def batch_indices(seed, step, batch, n):
 # halvings; both ways, widths 128, 256, 512, 512 and one attention in the middle.
 #
 # Letters: B pictures    H = W their side in pixels    h = w = H/8    n, m channels before and after
+
+VAE_FACTOR = 8                                # pixels a side of a latent
+
 
 def group_norm(n):
     return nn.GroupNorm(32, n, eps=1e-6)
@@ -272,11 +280,11 @@ class VAE(nn.Module):
 
         Raises BadInput unless x is square and its side a multiple of 8.
         """
-        if x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[2] % 8 or not x.shape[2]:
+        if x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[2] % VAE_FACTOR or not x.shape[2]:
             raise BadInput(f'the VAE encodes (B, 3, H, H) with H a multiple of 8, not {tuple(x.shape)}: crop '
                            f'the pictures, as `python data.py folder` does')
-        with torch.autocast(x.device.type, enabled=False):
-            return self.quant_conv(self.encoder(x.float()))
+        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
+            return self.quant_conv(self.encoder(x.to(self.quant_conv.weight)))      # its device, float32
 
     def decode(self, z):
         """z (B, 4, h, h) -> x (B, 3, H, H), about [-1, 1]. Raises BadInput for another shape.
@@ -285,8 +293,9 @@ class VAE(nn.Module):
         """
         if z.shape[1] != 4 or z.shape[2] != z.shape[3]:
             raise BadInput(f'the VAE decodes latents (B, 4, h, h), not {tuple(z.shape)}')
-        with torch.autocast(z.device.type, enabled=False):
-            return torch.cat([self.decoder(self.post_quant_conv(one)) for one in z.float().split(1)])
+        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
+            z = self.post_quant_conv(z.to(self.quant_conv.weight))            # its device, float32
+            return torch.cat([self.decoder(one) for one in z.split(1)])
 
 
 PUBLISHED_VAE = ('https://huggingface.co/stabilityai/sd-vae-ft-ema or sd-vae-ft-mse, '
@@ -317,7 +326,7 @@ def read_vae(path, device='cpu'):
     try:
         content = np.memmap(path, np.uint8, 'r') if os.path.getsize(path) else np.zeros(0, np.uint8)
     except FileNotFoundError:
-        raise BadInput(f'there is no VAE {path}: get {PUBLISHED_VAE}') from None
+        raise BadInput(f'there is no VAE {path}: name one with --vae, such as {PUBLISHED_VAE}') from None
     except OSError as error:
         raise BadInput(f'the VAE {path} cannot be read: {error.strerror or error}') from None
     head = content[:16].tobytes()

@@ -4,15 +4,21 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import struct
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from torch.nn import functional
 
 import data
+import finetune
+import model
+import sample
+import train
 
 # ------------------------------------------------------------------------------ names and shapes, once more
 
@@ -191,8 +197,8 @@ def test_all_files_make_the_same_network(name, weights, vae, tmp_path):
     path = tmp_path / name
     content = FILES[name](weights)
     write_safetensors(path, content) if name.endswith('safetensors') else torch.save(content, path)
-    found, sha256 = data.read_vae(path)
-    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    found, hashed = data.read_vae(path)
+    assert hashed == sha256(path)
     path.unlink()
     assert not found.training and not any(p.requires_grad for p in found.parameters())
     x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -368,6 +374,94 @@ def test_the_network_is_that_of_diffusers(vae, weights):
         with torch.no_grad():
             assert apart(vae.encode(x), theirs.encode(x).latent_dist.parameters) < 1e-4
             assert apart(vae.decode(z), theirs.decode(z).sample) < 1e-4
+
+
+# ---------------------------------------------------------------------------------- from moments to pictures
+
+
+@pytest.fixture(scope='module')
+def run(vae_file, tmp_path_factory):
+    """(data folder, checkpoint) of a network of 4 x 8 x 8 latents, two steps of training."""
+    desk = tmp_path_factory.mktemp('run')
+    rng = np.random.default_rng(0)
+    rows = ((rng.standard_normal((8, 8, 8)), k % 3) for k in range(60))
+    meta = {'kind': 'moments', 'classes': 3, 'scale': 0.2}
+    meta |= {'vae': str(vae_file), 'vae_sha256': sha256(vae_file)}
+    data.save_folder(desk / 'data', rows, 'float16', (8, 8, 8), meta, 0)
+    return desk / 'data', train.main([*train_flags(desk), '--steps', '2'])
+
+
+def train_flags(desk):
+    flags = ['--model', 'T/2', '--batch', '4', '--preview', '0', '--precision', 'fp32']
+    return [*flags, '--data', str(desk / 'data'), '--out', str(desk / 'out')]
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_latents_are_decoded_with_the_data_s_vae(run, vae_file, weights, tmp_path, capsys):
+    """The pictures are the plain decoder's of latents / scale, each pixel the nearest of 256 levels."""
+    flags = ['-n', '2', '--steps', '2', '--batch', '2', '--precision', 'fp32', '--png', str(tmp_path / 'png')]
+    sample.main([str(run[1]), *flags, '--npz', str(tmp_path / 'a.npz'), '--out', str(tmp_path / 'a.png')])
+    out = capsys.readouterr().out
+    assert f'VAE {vae_file}, SHA-256 {sha256(vae_file)}\n' in out and 'note' not in out
+    with np.load(tmp_path / 'a.npz') as file:
+        images, labels, settings = file['arr_0'], file['arr_1'], json.loads(str(file['settings']))
+    assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8
+    assert (settings['vae'], settings['vae_sha256']) == (str(vae_file), sha256(vae_file))
+    net, cfg = model.load_net(run[1])
+    latents = sample.generate(net, cfg, 0, range(2), labels.tolist(), 2)
+    plain = plain_decode(latents / 0.2, {name: value.double() for name, value in weights.items()})
+    levels = ((plain + 1) * 127.5).clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images - levels).max() < 0.51 and images.std() > 5
+    for i in range(2):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / 'png' / f'{i:06d}.png')), images[i])
+    assert Image.open(tmp_path / 'a.png').size[0] > 2 * 64
+
+
+def test_another_vae_is_used_and_told(run, vae_file, tmp_path, capsys):
+    """--vae goes before what is remembered, and a note tells if it is not the file the data was made with."""
+    state = torch.load(run[1], weights_only=True)
+    state['config'] |= {'vae': 'moved.safetensors', 'vae_sha256': 'a' * 64}
+    torch.save(state, tmp_path / 'x.pt')
+    sample.main([str(tmp_path / 'x.pt'), '-n', '1', '--steps', '2', '--vae', str(vae_file)])
+    out = capsys.readouterr().out
+    assert f'VAE {vae_file}, ' in out
+    assert f'note: the data was made with another VAE file, SHA-256 {"a" * 64}\n' in out
+
+
+def test_the_vae_may_move_and_tuning_remembers_it_too(run, tmp_path):
+    shutil.copytree(run[0].parent, tmp_path / 'run')
+    meta = json.loads((tmp_path / 'run' / 'data' / 'meta.json').read_text())
+    moved = {'vae': 'moved.safetensors', 'vae_sha256': None}
+    (tmp_path / 'run' / 'data' / 'meta.json').write_text(json.dumps(meta | moved))
+    path = train.main([*train_flags(tmp_path / 'run'), '--steps', '2'])  # not refused: it goes on
+    assert path.name == '0000002.pt'
+    flags = ['--data', str(run[0]), '--steps', '1', '--batch', '2', '--preview', '0']
+    flags += ['--out', str(tmp_path / 'tuned')]
+    tuned = model.read_checkpoint(finetune.main([str(path), *flags]))['config']
+    trained = model.read_checkpoint(run[1])['config']
+    for name in ('vae', 'vae_sha256', 'scale'):
+        assert tuned[name] == trained[name] == meta[name]
+
+
+def test_a_picture_is_inpainted_through_the_vae(run, weights, tmp_path):
+    """What is known is `scale` times the encoder's mean; the pictures come out at their own size."""
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'photo.png')
+    Image.fromarray(np.eye(64, dtype=np.uint8) * 255).save(tmp_path / 'mask.png')
+    flags = ['--inpaint', str(tmp_path / 'photo.png'), '--mask', str(tmp_path / 'mask.png')]
+    flags = [str(run[1]), *flags, '-n', '1', '--steps', '2', '--out', str(tmp_path / 'a.png')]
+    args, cfg = sample.parse(flags), model.load_net(run[1])[1]
+    x0, known = sample.read_inpainting(args, cfg, sample.find_vae(args, cfg, torch.device('cpu'))[0])
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    mean = plain_encode(x.double(), {name: value.double() for name, value in weights.items()})[:, :4]
+    assert x0.dtype == torch.float64 and apart(x0, 0.2 * mean) < 1e-4
+    assert (~known).nonzero().flatten().tolist() == [0, 5, 10, 15]
+    sample.main([*flags, '--npz', str(tmp_path / 'a.npz')])
+    with np.load(tmp_path / 'a.npz') as file:
+        assert file['arr_0'].shape == (1, 64, 64, 3)
 
 
 # ------------------------------------------------------------------------------------- files that are refused
