@@ -10,8 +10,8 @@ Every script of this repository reads a folder with three files:
                    moments    float16 (N, 2C, h, w)    a VAE's mean, then log-variance: sampled at each use
                    latents    float   (N, C, h, w)     already sampled and scaled, as other repositories write
     labels.npy   int64 (N,)
-    meta.json    {"kind", "classes"}; for moments "scale"; and, where known, "class_names", and of moments
-                 "vae", the file that made them and decodes, with its hash "vae_sha256"
+    meta.json    {"kind", "classes"}; for moments and latents "scale"; and, where known, "class_names", and
+                 "vae", the autoencoder's file that made the moments, with its hash "vae_sha256"
 
 `classes` is 0 for data without labels. The last 2 % of a data set, at most 1,000 images, are held out from
 training, so rows must be in no order, such as one class after the other: `folder` shuffles while it writes.
@@ -298,9 +298,9 @@ class VAE(nn.Module):
             return torch.cat([self.decoder(one) for one in z.split(1)])
 
 
-PUBLISHED_VAE = ('https://huggingface.co/stabilityai/sd-vae-ft-ema or sd-vae-ft-mse, '
-                 'diffusion_pytorch_model.safetensors, 334,643,276 bytes, of -mse the SHA-256 '
-                 'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815')
+PUBLISHED_VAE = ('diffusion_pytorch_model.safetensors (334,643,276 bytes) of '
+                 'https://huggingface.co/stabilityai/sd-vae-ft-ema or sd-vae-ft-mse (SHA-256 of -mse: '
+                 'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815)')
 OTHER_NAMES = (                               # of the LDM files, of older diffusers files; today's
     *((f'.up.{i}.', f'.up_blocks.{3 - i}.') for i in range(4)),               # LDM counts from the pixels
     ('.down.', '.down_blocks.'),
@@ -382,10 +382,10 @@ def to_vae_names(weights, wanted, path):
     lacks, more = [name for name in wanted if name not in ours], [name for name in ours if name not in wanted]
     odd = [name for name in wanted if name in ours and ours[name].shape != wanted[name].shape]
     if lacks or more or odd:
-        differ = '; '.join(f'{len(names)} are {what}, such as {names[0]}' for what, names in
+        differ = '; '.join(f'{len(names)} {what}, such as {names[0]}' for what, names in
                            (('missing', lacks), ('too many', more), ('of other shapes', odd)) if names)
-        raise BadInput(f'{path} is not the f8 KL autoencoder of Stable Diffusion, of whose {len(wanted)} '
-                       f'tensors {differ} (in the names of diffusers): get {PUBLISHED_VAE}')
+        raise BadInput(f'{path} is not the f8 KL autoencoder of Stable Diffusion with its {len(wanted)} '
+                       f'tensors, there are {differ} (in the names of diffusers): get {PUBLISHED_VAE}')
     ours = {name: value.to(torch.float32, copy=True) for name, value in ours.items()}    # off the mapped file
     wrong = [name for name, value in ours.items() if not value.isfinite().all()]
     if wrong:
@@ -396,7 +396,7 @@ def to_vae_names(weights, wanted, path):
 SAFE_DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
                'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8,
                'U8': torch.uint8, 'BOOL': torch.bool}
-SAFE_HEADER = 10_000_000                      # bytes at most; a whole Stable Diffusion has 200,000
+SAFE_HEADER = 2_000_000                       # bytes at most; a whole Stable Diffusion has a tenth
 
 
 def read_safetensors(path):
@@ -419,7 +419,8 @@ def read_safetensors(path):
         with open(path, 'rb') as file:
             length = int.from_bytes(file.read(8), 'little')
             if length > min(size - 8, SAFE_HEADER):
-                refuse(f'it says that its header has {length:,} bytes, and the file has {size:,}')
+                refuse(f'it says that its header has {length:,} bytes, of {size:,} in the file (at most '
+                       f'{SAFE_HEADER:,} are read)')
             header = json.loads(file.read(length).decode(), object_pairs_hook=once)
         content = np.memmap(path, np.uint8, 'c', offset=8 + length, shape=size - 8 - length) \
             if size > 8 + length else np.zeros(0, np.uint8)

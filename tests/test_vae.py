@@ -207,9 +207,11 @@ def test_all_files_make_the_same_network(name, weights, vae, tmp_path):
     assert torch.equal(found.decode(z[:, :4]), vae.decode(z[:, :4]))
 
 
-def test_half_precision_files_are_widened(weights, vae, tmp_path):
+def test_half_precision_files_are_widened_and_float32_is_meant(weights, vae, tmp_path):
     path = write_safetensors(tmp_path / 'half.safetensors', {k: v.half() for k, v in weights.items()})
+    torch.backends.cudnn.conv.fp32_precision = 'tf32'  # torch's default
     found, _ = data.read_vae(path)
+    assert torch.backends.cudnn.conv.fp32_precision == 'ieee'
     for name, value in found.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, vae.state_dict()[name].half().float())
 
@@ -477,15 +479,15 @@ def test_a_missing_file_is_told_where_it_is_published(tmp_path):
 @pytest.mark.parametrize(
     'spoil, words',
     [
-        (lambda w: w.pop('quant_conv.bias'), '1 are missing, such as quant_conv.bias'),
-        (lambda w: w.update({'x': torch.zeros(1), 'y': torch.zeros(1)}), '2 are too many, such as x'),
-        (lambda w: w.update({'quant_conv.bias': torch.zeros(4)}), '1 are of other shapes, such as quant_co'),
+        (lambda w: w.pop('quant_conv.bias'), '1 missing, such as quant_conv.bias'),
+        (lambda w: w.update({'x': torch.zeros(1), 'y': torch.zeros(1)}), '2 too many, such as x'),
+        (lambda w: w.update({'quant_conv.bias': torch.zeros(4)}), '1 of other shapes, such as quant_co'),
         (
             lambda w: w.update({'decoder.mid.attn_1.q.weight': torch.zeros(512, 512, 3, 3)}),
             'other shapes, such as decoder.mid_block.attentions.0.to_q.weight',
         ),
-        (lambda w: [w.pop(name) for name in list(w) if name.startswith('decoder')], '138 are missing'),
-        (lambda w: w.clear(), '248 are missing'),
+        (lambda w: [w.pop(name) for name in list(w) if name.startswith('decoder')], '138 missing'),
+        (lambda w: w.clear(), '248 missing'),
     ],
 )
 def test_other_tensors_are_refused_in_a_sentence(spoil, words, weights):
@@ -528,7 +530,7 @@ def test_a_pickle_that_runs_code_is_not_opened(tmp_path):
 @pytest.mark.parametrize('content', [[1, 2], {'state_dict': 3}, {5: torch.zeros(1)}, torch.zeros(3)])
 def test_torch_files_of_something_else(content, tmp_path):
     torch.save(content, tmp_path / 'x.pt')
-    with pytest.raises(data.BadInput, match='248 are missing'):
+    with pytest.raises(data.BadInput, match='248 missing'):
         data.read_vae(tmp_path / 'x.pt')
 
 
@@ -604,7 +606,7 @@ LIES = {
     'header of 2^60 bytes': ({'a': A}, bytes(8), 2**60),
     'header of 2^64 - 1 bytes': ({'a': A}, bytes(8), 2**64 - 1),
     'header longer than the file': ({'a': A}, b'', 1000),
-    'header above the cap': (b'{' + b' ' * 10_000_000 + b'}', b'', None),
+    'header above the cap': (b'{' + b' ' * 2_000_000 + b'}', b'', None),
     'header of zero bytes': (b'', bytes(8), None),
     'no JSON': (b'{"a": ', b'', None),
     'no UTF-8': (b'{"\xff": 1}', b'', None),
