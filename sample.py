@@ -9,9 +9,9 @@
 
 Image i of a seed has the same noise and the same label whatever the batch size and the number of processes.
 The .npz is what ADM's evaluation reads: `arr_0` uint8 (n, H, W, 3), `arr_1` labels, and beside them
-`settings`, a line of JSON. A checkpoint carries its configuration, so it is all that is needed; for latents
-also which VAE file their data came from, and published weights are told with --vae. With --latents no VAE
-is needed: the .npz has `latents` float32 (n, C, h, w) in place of `arr_0`, as the network makes them.
+`settings`, a line of JSON. A checkpoint carries its configuration, so it is all that is needed. Latents are
+decoded, in float32, by the VAE that their data was made with or the one of --vae; with --latents they stay as
+the network makes them: the .npz has `latents` float32 (n, C, h, w) in place of `arr_0`.
 
 Letters: B images a batch    C, H, W channels, height, width    D the denoiser    t noise levels
 """
