@@ -10,7 +10,8 @@ Every script of this repository reads a folder with three files:
                    moments    float16 (N, 2C, h, w)    a VAE's mean, then log-variance: sampled at each use
                    latents    float   (N, C, h, w)     already sampled and scaled, as other repositories write
     labels.npy   int64 (N,)
-    meta.json    {"kind", "classes"}; for moments "scale"; and, where known, "class_names"
+    meta.json    {"kind", "classes"}; for moments and latents "scale"; and, where known, "class_names", and
+                 "vae", the autoencoder's file that made the moments, with its hash "vae_sha256"
 
 `classes` is 0 for data without labels. The last 2 % of a data set, at most 1,000 images, are held out from
 training, so rows must be in no order, such as one class after the other: `folder` shuffles while it writes.
@@ -19,18 +20,24 @@ training, so rows must be in no order, such as one class after the other: `folde
 import argparse
 import collections
 import functools
+import hashlib
 import json
+import math
 import multiprocessing
 import os
 import pathlib
+import pickle
 import shutil
 import sys
 import uuid
 import warnings
+import zipfile
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn import functional
 from tqdm import tqdm
 
 
@@ -48,6 +55,7 @@ class Data:
     """A data folder, opened and checked. Nothing is read into memory but the labels.
 
     kind, scale, classes, class_names    from meta.json
+    vae, vae_sha256                      from meta.json, or None
     channels, resolution                 of what the network sees: moments have half the channels of the file
     count = trained + held_out           the first `trained` images are for training
     Raises BadInput, with what is wrong and what to type.
@@ -74,6 +82,9 @@ class Data:
         if type(self.classes) is not int or self.classes < 0 or type(self.scale) not in (int, float):
             raise BadInput(f'{path}/meta.json needs "classes", a number from 0 up, and "scale" is a number')
         self.class_names = meta.get('class_names') or [str(i) for i in range(self.classes)]
+        self.vae, self.vae_sha256 = meta.get('vae'), meta.get('vae_sha256')
+        if not all(value is None or isinstance(value, str) for value in (self.vae, self.vae_sha256)):
+            raise BadInput(f'{path}/meta.json needs text in "vae" and "vae_sha256", a file and its hash')
 
         shape, dtype = self.array.shape, self.array.dtype
         if len(shape) != 4 or shape[2] != shape[3] or dtype not in KINDS[self.kind]:
@@ -131,6 +142,324 @@ def batch_indices(seed, step, batch, n):
     epochs = position // n
     parts = [permutation(seed, int(e), n)[position[epochs == e] % n] for e in np.unique(epochs)]
     return np.concatenate(parts)
+
+
+# ---------------------------------------------------------------------------------------------------- VAE
+#
+# The KL autoencoder of Stable Diffusion (Rombach et al. 2022, "f8"): 83,653,863 parameters in 248 tensors,
+# under the names of diffusers, so that loading is a renaming at most. Between pixels and latents lie three
+# halvings; both ways, widths 128, 256, 512, 512 and one attention in the middle.
+#
+# Letters: B pictures    H = W their side in pixels    h = w = H/8    n, m channels before and after
+
+VAE_FACTOR = 8                                # pixels a side of a latent
+
+
+def group_norm(n):
+    return nn.GroupNorm(32, n, eps=1e-6)
+
+
+def conv(n, m):
+    return nn.Conv2d(n, m, 3, padding=1)
+
+
+class Residual(nn.Module):
+    """Norm, SiLU, convolution, twice, beside a shortcut; n -> m channels."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(n), conv(n, m)
+        self.norm2, self.conv2 = group_norm(m), conv(m, m)
+        self.conv_shortcut = nn.Conv2d(n, m, 1) if n != m else nn.Identity()
+
+    def forward(self, x):
+        inner = self.conv1(functional.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(functional.silu(self.norm2(inner)))
+
+
+class PixelAttention(nn.Module):
+    """Every pixel attends to all, in one head as wide as its n channels."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.group_norm = group_norm(n)
+        self.to_q, self.to_k, self.to_v = nn.Linear(n, n), nn.Linear(n, n), nn.Linear(n, n)
+        self.to_out = nn.Sequential(nn.Linear(n, n))
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).mT[:, None]                    # (B, 1, hw, n): a single head
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        seen = self.to_out(functional.scaled_dot_product_attention(q, k, v))
+        return x + seen[:, 0].mT.unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.conv = nn.Conv2d(n, n, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(functional.pad(x, (0, 1, 0, 1)))                     # right and below, no more
+
+
+class Upsample(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.conv = conv(n, n)
+
+    def forward(self, x):
+        return self.conv(functional.interpolate(x, scale_factor=2.0, mode='nearest'))
+
+
+class Stage(nn.Sequential):
+    """Residual blocks at one resolution, n -> m channels, then half or twice that resolution or neither."""
+
+    def __init__(self, n, m, blocks, **resize):
+        resnets = nn.Sequential(Residual(n, m), *(Residual(m, m) for _ in range(blocks - 1)))
+        super().__init__(collections.OrderedDict(
+            resnets=resnets, **{name: nn.Sequential(layer(m)) for name, layer in resize.items()}))
+
+
+class Middle(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.attentions = nn.ModuleList([PixelAttention(n)])
+        self.resnets = nn.ModuleList([Residual(n, n), Residual(n, n)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_in = conv(3, 128)
+        self.down_blocks = nn.Sequential(
+            Stage(128, 128, 2, downsamplers=Downsample), Stage(128, 256, 2, downsamplers=Downsample),
+            Stage(256, 512, 2, downsamplers=Downsample), Stage(512, 512, 2))
+        self.mid_block = Middle(512)
+        self.conv_norm_out, self.conv_out = group_norm(512), conv(512, 8)
+
+    def forward(self, x):                                                     # (B, 3, H, W)
+        x = self.conv_in(x)                                                   # (B, 128, H, W)
+        x = self.down_blocks(x)                                               # (B, 512, h, w)
+        x = self.mid_block(x)                                                 # (B, 512, h, w)
+        return self.conv_out(functional.silu(self.conv_norm_out(x)))          # (B, 8, h, w)
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_in = conv(4, 512)
+        self.mid_block = Middle(512)
+        self.up_blocks = nn.Sequential(
+            Stage(512, 512, 3, upsamplers=Upsample), Stage(512, 512, 3, upsamplers=Upsample),
+            Stage(512, 256, 3, upsamplers=Upsample), Stage(256, 128, 3))
+        self.conv_norm_out, self.conv_out = group_norm(128), conv(128, 3)
+
+    def forward(self, z):                                                     # (B, 4, h, w)
+        x = self.conv_in(z)                                                   # (B, 512, h, w)
+        x = self.mid_block(x)                                                 # (B, 512, h, w)
+        x = self.up_blocks(x)                                                 # (B, 128, H, W)
+        return self.conv_out(functional.silu(self.conv_norm_out(x)))          # (B, 3, H, W)
+
+
+class VAE(nn.Module):
+    """Pictures to moments and latents to pictures, in float32 even where autocast says another.
+
+    `LATENT_SCALE` is not in here: moments and latents are as the autoencoder has them, unscaled.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.quant_conv = Encoder(), nn.Conv2d(8, 8, 1)
+        self.decoder, self.post_quant_conv = Decoder(), nn.Conv2d(4, 4, 1)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> moments (B, 8, h, w): the mean, then the log-variance.
+
+        Raises BadInput unless x is square and its side a multiple of 8.
+        """
+        if x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[2] % VAE_FACTOR or not x.shape[2]:
+            raise BadInput(f'the VAE encodes (B, 3, H, H) with H a multiple of 8, not {tuple(x.shape)}: crop '
+                           f'the pictures, as `python data.py folder` does')
+        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
+            return self.quant_conv(self.encoder(x.to(self.quant_conv.weight)))      # its device, float32
+
+    def decode(self, z):
+        """z (B, 4, h, h) -> x (B, 3, H, H), about [-1, 1]. Raises BadInput for another shape.
+
+        One latent at a time: 512 pixels take about 1 GiB each, and so picture i depends on no batch.
+        """
+        if z.shape[1] != 4 or z.shape[2] != z.shape[3]:
+            raise BadInput(f'the VAE decodes latents (B, 4, h, h), not {tuple(z.shape)}')
+        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
+            z = self.post_quant_conv(z.to(self.quant_conv.weight))            # its device, float32
+            return torch.cat([self.decoder(one) for one in z.split(1)])
+
+
+PUBLISHED_VAE = ('diffusion_pytorch_model.safetensors (334,643,276 bytes) of '
+                 'https://huggingface.co/stabilityai/sd-vae-ft-ema or sd-vae-ft-mse (SHA-256 of -mse: '
+                 'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815)')
+OTHER_NAMES = (                               # of the LDM files, of older diffusers files; today's
+    *((f'.up.{i}.', f'.up_blocks.{3 - i}.') for i in range(4)),               # LDM counts from the pixels
+    ('.down.', '.down_blocks.'),
+    ('.block.', '.resnets.'),
+    ('.upsample.', '.upsamplers.0.'),
+    ('.downsample.', '.downsamplers.0.'),
+    ('.mid.block_1.', '.mid_block.resnets.0.'),
+    ('.mid.block_2.', '.mid_block.resnets.1.'),
+    ('.mid.attn_1.', '.mid_block.attentions.0.'),
+    ('.nin_shortcut.', '.conv_shortcut.'),
+    ('.norm_out.', '.conv_norm_out.'),
+    ('.norm.', '.group_norm.'),
+    ('.q.', '.to_q.'), ('.k.', '.to_k.'), ('.v.', '.to_v.'), ('.proj_out.', '.to_out.0.'),
+    ('.query.', '.to_q.'), ('.key.', '.to_k.'), ('.value.', '.to_v.'), ('.proj_attn.', '.to_out.0.'))
+
+
+def read_vae(path, device='cpu'):
+    """(VAE for inference in float32, SHA-256 of the file) from any of the published files.
+
+    diffusers' (today's and older names) or LDM's, alone or within a Stable Diffusion checkpoint; safetensors
+    or a torch file. Convolutions on a GPU are set to float32 proper, not TF32. Raises BadInput.
+    """
+    try:
+        content = np.memmap(path, np.uint8, 'r') if os.path.getsize(path) else np.zeros(0, np.uint8)
+    except FileNotFoundError:
+        raise BadInput(f'there is no VAE {path}: name one with --vae, such as {PUBLISHED_VAE}') from None
+    except OSError as error:
+        raise BadInput(f'the VAE {path} cannot be read: {error.strerror or error}') from None
+    head = content[:16].tobytes()
+    if head.startswith(b'PK'):
+        weights = read_torch(path)
+    elif head[8:9] == b'{':
+        weights = read_safetensors(path)
+    else:
+        raise BadInput(f'{path} is neither a safetensors nor a torch file, it begins with {head!r}: get '
+                       f'{PUBLISHED_VAE}')
+    with torch.device('meta'):
+        vae = VAE()
+    vae.load_state_dict(to_vae_names(weights, vae.state_dict(), path), assign=True)
+    torch.backends.cudnn.conv.fp32_precision = 'ieee'
+    return vae.to(device).eval().requires_grad_(False), hashlib.sha256(content).hexdigest()
+
+
+def read_torch(path):
+    """The dictionary in a file of torch.save, of which no code is run. Raises BadInput."""
+    try:
+        with zipfile.ZipFile(path) as archive:                              # torch.load sees no flipped byte;
+            broken = archive.testzip()                                        # the archive's CRC-32s do
+        if broken:
+            raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except BadInput:
+        raise
+    except pickle.UnpicklingError:
+        raise BadInput(f'{path} holds more than tensors, and opening the rest would run code from the file: '
+                       f'get its .safetensors twin') from None
+    except Exception as error:                                         # what torch raises here has many types
+        raise BadInput(f'{path} is truncated or no torch file ({type(error).__name__})') from None
+
+
+def to_vae_names(weights, wanted, path):
+    """The tensors of a published file under our names, in float32, copied. Raises BadInput if they differ
+    from `wanted` in names or shapes."""
+    if isinstance(weights, dict):
+        weights = weights.get('state_dict', weights)
+    theirs = {name: value for name, value in (weights.items() if isinstance(weights, dict) else ())
+              if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    inside = 'first_stage_model.' * any(name.startswith('first_stage_model.') for name in theirs)
+    ours = {}
+    for name, value in theirs.items():
+        if not name.startswith(inside) or name.startswith(('loss.', 'model_ema.'), len(inside)):
+            continue                                          # the rest of Stable Diffusion, or of a training
+        name = name.removeprefix(inside)
+        for old, new in OTHER_NAMES:
+            name = name.replace(old, new)
+        if '.attentions.0.to_' in name and value.ndim == 4:
+            value = value.squeeze((2, 3))                                     # LDM's are convolutions, 1 x 1
+        ours[name] = value
+    lacks, more = [name for name in wanted if name not in ours], [name for name in ours if name not in wanted]
+    odd = [name for name in wanted if name in ours and ours[name].shape != wanted[name].shape]
+    if lacks or more or odd:
+        differ = '; '.join(f'{len(names)} {what}, such as {names[0]}' for what, names in
+                           (('missing', lacks), ('too many', more), ('of other shapes', odd)) if names)
+        raise BadInput(f'{path} is not the f8 KL autoencoder of Stable Diffusion with its {len(wanted)} '
+                       f'tensors, there are {differ} (in the names of diffusers): get {PUBLISHED_VAE}')
+    ours = {name: value.to(torch.float32, copy=True) for name, value in ours.items()}    # off the mapped file
+    wrong = [name for name, value in ours.items() if not value.isfinite().all()]
+    if wrong:
+        raise BadInput(f'{path} holds numbers that are not finite, {wrong[0]} and {len(wrong) - 1} more')
+    return ours
+
+
+SAFE_DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+               'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8,
+               'U8': torch.uint8, 'BOOL': torch.bool}
+SAFE_HEADER = 2_000_000                       # bytes at most; a whole Stable Diffusion has a tenth
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: the header's length, a JSON header, raw bytes.
+
+    The tensors lie in the file, mapped and not read until they are used. What the header promises is held
+    against the file's size before anything is mapped or made. Raises BadInput.
+    """
+    def refuse(why):
+        raise BadInput(f'{path} is no whole safetensors file: {why}')
+
+    def once(pairs):                                                          # JSON lets the last one win
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            refuse(f'its header says the same twice, {pairs[0][0][:60]!r} or another')
+        return entries
+
+    try:
+        size = os.path.getsize(path)
+        with open(path, 'rb') as file:
+            length = int.from_bytes(file.read(8), 'little')
+            if length > min(size - 8, SAFE_HEADER):
+                refuse(f'it says that its header has {length:,} bytes, of {size:,} in the file (at most '
+                       f'{SAFE_HEADER:,} are read)')
+            header = json.loads(file.read(length).decode(), object_pairs_hook=once)
+        content = np.memmap(path, np.uint8, 'c', offset=8 + length, shape=size - 8 - length) \
+            if size > 8 + length else np.zeros(0, np.uint8)
+    except BadInput:
+        raise
+    except OSError as error:
+        raise BadInput(f'{path} cannot be read: {error.strerror or error}') from None
+    except (ValueError, RecursionError):
+        refuse('its header is not JSON')
+    if not isinstance(header, dict):
+        refuse('its header is not a JSON object')
+    header.pop('__metadata__', None)
+
+    places = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = SAFE_DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
+            sound = type(shape) is list and len(shape) <= 8 and all(
+                type(n) is int and 0 <= n <= size for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound or end - begin != math.prod(shape) * dtype.itemsize:
+            refuse(f'of {name[:60]!r} its header says {str(entry)[:100]}, where type, shape and bytes do not '
+                   f'agree')
+        places[name] = begin, end, dtype, shape
+    at = 0
+    for name, (begin, end, _, _) in sorted(places.items(), key=lambda item: item[1][:2]):
+        if begin != at:
+            refuse(f'the bytes of {name[:60]!r} begin at {begin:,}, and those before it end at {at:,}')
+        at = end
+    if at != len(content):
+        refuse(f'its header tells of {at:,} bytes, and there are {len(content):,}')
+
+    tensors = {}
+    for name, (begin, end, dtype, shape) in places.items():
+        raw = torch.from_numpy(content[begin:end])
+        raw = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()    # the format aligns nothing
+        tensors[name] = raw.view(dtype).reshape(shape)
+    return tensors
 
 
 # --------------------------------------------------------------------------------------- writing a folder

@@ -72,7 +72,8 @@ def main(argv=None):
         'stage': 'tune', 'classes': classes, 'class_names': dataset.class_names if classes else [],
         'data': str(dataset.path), 'kind': dataset.kind, 'count': dataset.count, 'mask_ratio': 0.0,
         'steps': args.steps, 'batch': args.batch, 'lr': args.lr, 'lr_decay': args.lr_decay, 'seed': seed,
-        'ema_step': trained['ema_step'] + state['step'], 'tuned_from': args.checkpoint}
+        'ema_step': trained['ema_step'] + state['step'], 'tuned_from': args.checkpoint,
+        'scale': dataset.scale, 'vae': dataset.vae, 'vae_sha256': dataset.vae_sha256}
     start = [tunable(state[name]) for name in ('model', 'ema')]
     if classes != trained['classes']:
         print(f'labels    {trained["classes"]} classes were trained and the data has {classes}: the label '

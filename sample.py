@@ -4,12 +4,14 @@
     python sample.py out/0400000.pt -n 50 --class 3 7 --cfg 4           # of two classes
     python sample.py out/0400000.pt --cfg 4 --cfg-interval 0.2 2         # guided at these noise levels only
     python sample.py out/0400000.pt --inpaint photo.png --mask mask.png  # what is white in the mask, anew
+    python sample.py DiT-XL-2-256x256.pt --vae vae.safetensors --cfg 4     # latents, decoded
     torchrun --nproc_per_node 4 sample.py out/0400000.pt -n 50000 --npz out/50k.npz       # for evaluation
 
 Image i of a seed has the same noise and the same label whatever the batch size and the number of processes.
 The .npz is what ADM's evaluation reads: `arr_0` uint8 (n, H, W, 3), `arr_1` labels, and beside them
-`settings`, a line of JSON. A network of latents writes `latents` float32 (n, C, h, w) in place of
-`arr_0`. A checkpoint carries its configuration, so it is all that is needed.
+`settings`, a line of JSON. A checkpoint carries its configuration, so it is all that is needed. Latents are
+decoded, in float32, by the VAE that their data was made with or the one of --vae; with --latents they stay as
+the network makes them: the .npz has `latents` float32 (n, C, h, w) in place of `arr_0`.
 
 Letters: B images a batch    C, H, W channels, height, width    D the denoiser    t noise levels
 """
@@ -142,9 +144,13 @@ def inpainting(cfg, x0, known, noise, t, fill_steps):
     return look, hold
 
 
-def read_inpainting(args, cfg):
-    """(x0 (1, C, H, W), known (N,) bool) from --inpaint and --mask. Raises BadInput."""
+def read_inpainting(args, cfg, vae=None):
+    """(x0 (1, C, H, W), known (N,) bool) from --inpaint and --mask. Raises BadInput.
+
+    Of latents, x0 is an .npy file as it is, or the mean of what `vae` makes of a picture, scaled.
+    """
     H, C, p = cfg['resolution'], cfg['channels'], model.parse_size(cfg['model'])[2]
+    pixels = H * data.VAE_FACTOR if vae else H
     if cfg['method'] not in ('mdt', 'maskdit', 'mcdit') or cfg['stage'] == 'tune':
         tuned = ', tuned' * (cfg['stage'] == 'tune')
         raise BadInput(f'--inpaint needs a checkpoint of mdt, maskdit or mcdit before its tuning, which can '
@@ -154,8 +160,11 @@ def read_inpainting(args, cfg):
             x0 = torch.from_numpy(np.load(args.inpaint)).double()
         else:
             with Image.open(args.inpaint) as image:
-                image = data.center_crop(image.convert('L' if C == 1 else 'RGB'), H)
-            x0 = torch.from_numpy(np.array(image)).reshape(H, H, -1).permute(2, 0, 1).double() / 127.5 - 1
+                image = data.center_crop(image.convert('L' if C == 1 else 'RGB'), pixels)
+            x0 = torch.from_numpy(np.array(image)).reshape(pixels, pixels, -1).permute(2, 0, 1)
+            x0 = x0.double() / 127.5 - 1
+            if vae:
+                x0 = latent_scale(cfg) * vae.encode(x0[None])[0, :C].double().cpu()
         with Image.open(args.mask) as mask:
             white = data.central_square(np.array(mask.convert('L')) > 127)
     except Exception as error:                                                # a broken file raises anything
@@ -236,6 +245,37 @@ def picture(x):
     return data.to_uint8(x[:, :3] / 3).cpu()
 
 
+# ---------------------------------------------------------------------------------- latents, to be decoded
+
+def of_latents(cfg):
+    return cfg.get('kind') in ('moments', 'latents') or cfg['channels'] not in (1, 3)
+
+
+def latent_scale(cfg):
+    return cfg.get('scale', data.LATENT_SCALE)                                # published weights do not say
+
+
+def find_vae(args, cfg, device):
+    """(VAE, what `settings` say of it) from the file that --vae names, or that the data was made with.
+
+    (None, {}) where nothing is to be decoded: for a network of pixels, or with --latents. Raises BadInput.
+    """
+    path = args.vae or cfg.get('vae')
+    if not of_latents(cfg) and (args.vae or args.latents):
+        raise BadInput('--vae and --latents are for networks of latents, and this one makes pictures: leave '
+                       'them out')
+    if not of_latents(cfg) or args.latents:
+        return None, {}
+    if cfg['channels'] != 4:
+        raise BadInput(f'this network makes latents of {cfg["channels"]} channels, and the VAE decodes 4: '
+                       f'with --latents they are kept as they are')
+    if not path:
+        raise BadInput(f'this network makes latents: name the VAE that decodes them with --vae, such as '
+                       f'{data.PUBLISHED_VAE}; or keep them as they are with --latents')
+    vae, sha256 = data.read_vae(path, device)
+    return vae, {'vae': str(path), 'vae_sha256': sha256}
+
+
 # ------------------------------------------------------------------------------------------------- script
 
 def pick_precision(name, device):
@@ -265,10 +305,14 @@ def parse(argv):
     either('--cfg-interval', type=float, nargs=2, metavar=('LOW', 'HIGH'), help='guide only at noise '
                           'levels above LOW and up to HIGH')
     either('--cfg-power', type=float, metavar='S', help="MDT's power-cosine schedule; the paper: 4")
-    flag('--inpaint', metavar='IMAGE', help='picture to keep in part (latents: an .npy file)')
+    flag('--inpaint', metavar='IMAGE', help='picture to keep in part, or latents as an .npy file')
     flag('--mask', help='picture, white where --inpaint is made anew; a token with any white is')
     flag('--fill-steps', type=int, help='first steps in which mdt and maskdit inpaint as in masked '
                         'training (1)')
+    either = parser.add_mutually_exclusive_group().add_argument
+    either('--vae', metavar='FILE', help="Stable Diffusion's autoencoder, decodes latents (default: the one "
+                          'that the data was made with)')
+    either('--latents', action='store_true', help='keep latents as they are, for --npz and --inpaint')
     flag('--batch', type=int, default=64, help='images at a time, each process')
     flag('--precision', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the network')
     flag('--compile', action='store_true', help='compile the network first; for thousands of images')
@@ -320,14 +364,13 @@ def main(argv=None):
     finite = (args.S_churn, args.S_min, args.S_noise)
     if not all(0 <= value < math.inf for value in finite) or not args.S_max >= 0:
         raise BadInput('--S-churn, --S-min, --S-max and --S-noise must be at least 0')
-    inpaint = read_inpainting(args, cfg) if args.inpaint else None
+    if args.png and args.latents:
+        raise BadInput('--png holds pictures, and --latents makes none: --npz takes them as they are')
+    vae, decoder = find_vae(args, cfg, device)
+    inpaint = read_inpainting(args, cfg, vae) if args.inpaint else None
     unfit = not inpaint or cfg['method'] == 'mcdit'
     if args.fill_steps is not None and (unfit or not 0 <= args.fill_steps <= args.steps):
         raise BadInput('--fill-steps is for --inpaint with mdt or maskdit, a number from 0 to --steps')
-    latents = cfg['channels'] not in (1, 3)
-    if args.png and latents:
-        raise BadInput(f'--png holds pictures, and this network makes latents of {cfg["channels"]} channels: '
-                       f'--npz takes them as they are')
     if args.npz and os.path.exists(args.npz):
         raise BadInput(f'{args.npz} exists already: remove it, or choose another --npz')
     if args.png and os.path.isdir(args.png) and os.listdir(args.png):
@@ -349,7 +392,11 @@ def main(argv=None):
                 'labels': 'balanced' if args.balanced else 'uniform at random', 'classes': args.classes,
                 'cfg_interval': args.cfg_interval, 'cfg_power': args.cfg_power, 'inpaint': args.inpaint,
                 'S_churn': args.S_churn, 'S_min': args.S_min, 'S_noise': args.S_noise,
-                'S_max': args.S_max if args.S_max < math.inf else None}
+                'S_max': args.S_max if args.S_max < math.inf else None} | decoder
+    if rank == 0 and vae:
+        print(f'VAE {decoder["vae"]}, SHA-256 {decoder["vae_sha256"]}')
+        if cfg.get('vae_sha256') not in (None, decoder['vae_sha256']):
+            print(f'note: the data was made with another VAE file, SHA-256 {cfg["vae_sha256"]}')
     w = guidance(args.cfg, cfg, args.cfg_interval, args.cfg_power)
     fill_steps = 1 if args.fill_steps is None else args.fill_steps
     labels = [label_of(args.seed, i, allowed, args.balanced) for i in range(args.n)]
@@ -357,12 +404,14 @@ def main(argv=None):
     batches = [mine[k:k + args.batch] for k in range(0, len(mine), args.batch)]
     scratch = (args.npz or grid) + '.partial.npy'                         # a file, not memory, holds them all
     kept = args.n if args.npz else min(args.n, 100)
-    shape = (kept, cfg['channels'] if latents else 3, cfg['resolution'], cfg['resolution'])
+    side = cfg['resolution'] * (data.VAE_FACTOR if vae else 1)
+    shape = (kept, cfg['channels'] if args.latents else 3, side, side)
     try:
         with contextlib.ExitStack() as finally_:
             if rank == 0:
                 finally_.callback(lambda: pathlib.Path(scratch).unlink(missing_ok=True))
-                np.lib.format.open_memmap(scratch, 'w+', np.float32 if latents else np.uint8, shape).flush()
+                dtype = np.float32 if args.latents else np.uint8
+                np.lib.format.open_memmap(scratch, 'w+', dtype, shape).flush()
                 if args.png:
                     os.makedirs(args.png, exist_ok=True)
             barrier()
@@ -373,8 +422,8 @@ def main(argv=None):
                     x = generate(net, cfg, args.seed, batch, [labels[i] for i in batch], args.steps, w,
                                  precision, bar, inpaint, fill_steps, S_churn=args.S_churn,
                                  S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
-                    pictures = picture(x)                                     # refuses what is not finite
-                    for i, image in zip(batch, x.float().cpu().numpy() if latents else pictures.numpy()):
+                    pictures = picture(vae.decode(x / latent_scale(cfg)) if vae else x)     # or refused
+                    for i, image in zip(batch, (x.float().cpu() if args.latents else pictures).numpy()):
                         if i < kept:
                             store[i] = image
                         if args.png:

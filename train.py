@@ -137,12 +137,13 @@ def configuration(args, dataset):
         'resolution': dataset.resolution, 'channels': dataset.channels, 'classes': classes,
         'class_names': dataset.class_names if classes else [],
         'steps': args.steps, 'batch': args.batch, 'lr_decay': args.lr_decay, 'seed': args.seed,
-        'sigma_data': args.sigma_data, 'ema_step': 0} | cfg
+        'sigma_data': args.sigma_data, 'ema_step': 0,
+        'scale': dataset.scale, 'vae': dataset.vae, 'vae_sha256': dataset.vae_sha256} | cfg
 
 
 # ----------------------------------------------------------------------------- checkpoints, written and found
 
-MAY_DIFFER = ('data', 'class_names')                                      # between a run and its continuation
+MAY_DIFFER = ('data', 'class_names', 'vae', 'vae_sha256')                # between a run and its continuation
 
 
 def size_of(state):

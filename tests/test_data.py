@@ -153,6 +153,10 @@ def spoil_names(folder):
     (folder / 'meta.json').write_text('{"kind": "images", "classes": 2, "class_names": ["one"]}')
 
 
+def spoil_vae(folder):
+    (folder / 'meta.json').write_text('{"kind": "images", "classes": 2, "vae": ["a file"]}')
+
+
 def spoil_pickle(folder):
     np.save(folder / 'data.npy', np.array([object()] * 10, dtype=object))
 

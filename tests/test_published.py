@@ -255,7 +255,8 @@ def test_denoiser_agrees(loaded):
 
 def test_sampling_from_official_files(loaded, tmp_path):
     *_, cfg, path = loaded
-    sample.main([str(path), '-n', '1', '--steps', '2', '--cfg', '2', '--out', str(tmp_path / 'x.png')])
+    flags = ['-n', '1', '--steps', '2', '--cfg', '2', '--latents']
+    sample.main([str(path), *flags, '--out', str(tmp_path / 'x.png')])
     assert sample.noise_levels(5, *model.sigma_range(cfg))[0] == pytest.approx(
         80 if cfg['diffusion'] == 'edm' else 157.407, rel=1e-5
     )
@@ -356,6 +357,7 @@ def test_a_tuned_maskdit_is_exported_with_a_mask_token_of_zeros():
 
 class FakeData:
     kind, count, resolution, channels, classes, class_names = 'latents', 10, 32, 4, 1000, []
+    scale, vae, vae_sha256 = data.LATENT_SCALE, None, None
 
 
 def test_export_under_official_names(tmp_path, flowers):

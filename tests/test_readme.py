@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from test_published import official
+from test_vae import write_safetensors
 
 import data
 import finetune
@@ -49,7 +50,7 @@ def desk(tmp_path_factory):
     rng = np.random.default_rng(0)
     for name, size, channels, classes, kind in (
         ('imagenet256', 8, 8, 1000, 'moments'),
-        ('flowers', 32, 4, 5, 'latents'),
+        ('flowers', 16, 4, 5, 'latents'),
     ):
         rows = ((rng.standard_normal((channels, size, size)), int(rng.integers(classes))) for _ in range(8))
         data.save_folder(
@@ -63,7 +64,8 @@ def desk(tmp_path_factory):
         )
     Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(desk / 'photo.png')
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(desk / 'mask.png')
-    torch.save(official('dit', 'S'), desk / 'DiT-XL-2-256x256.pt')
+    torch.save(official('dit', 'S', g=8), desk / 'DiT-XL-2-256x256.pt')
+    write_safetensors(desk / 'vae.safetensors', data.VAE().state_dict())
     made = train.main([*SHORT['train'], '--data', str(desk / 'shapes'), '--out', str(desk / 'made')])
     for name in {
         word for _, words in README + DOCSTRINGS for word in words if re.fullmatch(r'\w+/\d{7}\.pt', word)

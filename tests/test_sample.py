@@ -429,13 +429,14 @@ def test_unconditional_and_latent_checkpoints(checkpoint, tmp_path):
             str(tmp_path / 'u.png'),
         ]
     )
-    sample.main([str(checkpoint(channels=4)), '--n', '2', '--steps', '2', '--out', str(tmp_path / 'l.png')])
+    flags = ['--latents', '--n', '2', '--steps', '2', '--out', str(tmp_path / 'l.png')]
+    sample.main([str(checkpoint(channels=4)), *flags])
     assert (tmp_path / 'u.png').exists() and (tmp_path / 'l.png').exists()
 
 
 def test_latents_are_kept_as_they_are(checkpoint, tmp_path):
     path = checkpoint(channels=4)
-    flags = ['-n', '3', '--steps', '3', '--precision', 'fp32']
+    flags = ['-n', '3', '--steps', '3', '--precision', 'fp32', '--latents']
     sample.main([str(path), *flags, '--npz', str(tmp_path / 'a.npz')])
     net, cfg = model.load_net(path)
     with np.load(tmp_path / 'a.npz') as file:
@@ -482,8 +483,17 @@ def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
             'needs a checkpoint of mdt, maskdit or mcdit',
         ),
         (['t.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'mcdit, tuned'),
-        (['l.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'latents as an .npy'),
-        (['l.pt', '--png', 'png'], 'latents of 4 channels'),
+        (['l.pt', '--latents', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'latents as an .npy'),
+        (['l.pt', '--latents', '--png', 'png'], '--latents makes none'),
+        (['l.pt'], 'name the VAE that decodes them with --vae, such as diffusion_pytorch_model'),
+        (['l.pt', '--vae', 'gone.safetensors'], 'no VAE gone.safetensors: name one with --vae, such as'),
+        (['m.pt'], 'no VAE moved/vae.safetensors: name one with --vae, such as diffusion_py'),
+        (['l.pt', '--vae', 'file'], 'neither a safetensors nor a torch file'),
+        (['l.pt', '--vae', 'x.pt'], '248 missing'),
+        (['l.pt', '--vae', 'file', '--latents'], 'not allowed with'),
+        (['three.pt'], 'latents of 3 channels, and the VAE decodes 4'),
+        (['x.pt', '--vae', 'vae.safetensors'], 'this one makes pictures'),
+        (['x.pt', '--latents'], 'this one makes pictures'),
         (['x.pt', '--npz', 'there.npz'], 'exists already'),
         (['x.pt', '--png', 'full'], 'not empty'),
         (['x.pt', '--n', '1', '--steps', '2', '--npz', 'file/a.npz'], 'cannot write'),
@@ -502,6 +512,8 @@ def test_refusals_exit_with_2_and_write_nothing(
     checkpoint('x.pt')
     checkpoint('u.pt', classes=0, class_names=[])
     checkpoint('l.pt', channels=4)
+    checkpoint('m.pt', channels=4, kind='moments', vae='moved/vae.safetensors')
+    checkpoint('three.pt', kind='latents')
     checkpoint('d.pt', method='dit')
     checkpoint('t.pt', stage='tune')
     Image.new('L', (8, 8), 0).save('black.png')
