@@ -1,7 +1,11 @@
 """Which pixels or latents does step n see, and how did they get there?
 
     python data.py shapes                                  # 10 classes of drawn shapes -> shapes/, in seconds
-    python data.py folder ~/pictures --out data --size 64     # a tree of PNG, JPEG or WebP files -> data/
+    python data.py folder ~/pictures --out data --size 64               # a tree of pictures -> data/
+    python data.py folder ~/imagenet/train --out imagenet256 --size 256 --vae vae.safetensors
+    python data.py cifar10 cifar-10-python.tar.gz                       # or -binary, or unpacked -> cifar10/
+    python data.py celeba img_align_celeba.zip --attribute Smiling      # 64 x 64, two classes -> celeba/
+    python data.py import fast-DiT/features --out imagenet256           # what others have prepared
 
 Every script of this repository reads a folder with three files:
 
@@ -14,28 +18,61 @@ Every script of this repository reads a folder with three files:
                  "vae", the autoencoder's file that made the moments, with its hash "vae_sha256"
 
 `classes` is 0 for data without labels. The last 2 % of a data set, at most 1,000 images, are held out from
-training, so rows must be in no order, such as one class after the other: `folder` shuffles while it writes.
+training, so rows must be in no order, such as one class after the other: everything here shuffles as it
+writes. Mean and standard deviation of each channel, as the network sees it, are told and go into
+meta.json.
+
+`folder` numbers the classes as ImageNet does, by the sorted names of the folders in SRC; an empty one
+keeps its number. Pictures are cut and scaled as ADM does, but first turned upright as their EXIF says and
+laid on white where they are transparent. What cannot be read is left out, counted, and named in
+skipped.txt. With --vae, pictures become moments of Stable Diffusion's VAE. Under torchrun, processes and
+GPUs share the work. Killed, by whatever and whenever, the same command goes on from the last 256 pictures,
+and ends with the same bytes.
+
+`celeba` takes all 202,599 pictures, cuts 128 pixels around (89, 121) and halves them with a triangle
+filter (Pillow's and torchvision's "bilinear"); --crop cuts elsewhere. `import` copies arrays .npy or .npz
+(ADM's, ours), fast-DiT's folder around NAME_features and NAME_labels, and folders or zip files in the
+layout of EDM, EDM2 and REPA: pictures, or mean and standard deviation, beside a dataset.json. It tells
+which layout latents have, and how it knows. MaskDiT's LMDB, tar shards and LightningDiT's files are not
+read: they need a library or a reader of their own. Archives are never unpacked to disk, and no pickle is
+loaded.
 """
 
 import argparse
 import collections
+import concurrent.futures
+import contextlib
+import datetime
+import errno
+import fcntl
 import functools
+import gzip
 import hashlib
+import io
+import itertools
 import json
 import math
-import multiprocessing
 import os
 import pathlib
 import pickle
+import pickletools
+import re
 import shutil
+import stat
+import struct
 import sys
+import tarfile
+import threading
+import time
 import uuid
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -464,52 +501,125 @@ def read_safetensors(path):
 
 # --------------------------------------------------------------------------------------- writing a folder
 
-def save_folder(out, rows, dtype, shape, meta, seed):
+def save_folder(out, rows, dtype, shape, meta, seed, count=0):
     """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
 
     The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of
-    several processes that make the same folder at once, the first wins. Of pixels, the mean and the standard
-    deviation of each channel, on the scale of the network's input, go into meta.json. Returns what is there.
+    several processes that make the same folder at once, the first wins. `count` is how many rows will come,
+    if known: room for them is looked for before the first. Returns what `describe` wrote.
     """
     out = pathlib.Path(out)
     partial = out.parent / f'.{out.name}.partial-{uuid.uuid4().hex}'
-    labels = []
+    labels, needed = [], count * math.prod(shape) * np.dtype(dtype).itemsize
+    check_room(out, needed)
     try:
         partial.mkdir(parents=True)
         with open(partial / 'data.npy', 'wb') as file:
-            def write_header():
-                np.lib.format.write_array_header_1_0(file, {
-                    'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': (len(labels), *shape)})
-            write_header()
+            file.write(npy_header(dtype, (0, *shape)))
             for row, label in rows:
                 file.write(np.ascontiguousarray(row, dtype).tobytes())
                 labels.append(label)
             file.seek(0)
-            write_header()                                                  # numpy pads for this: same length
-        np.save(partial / 'labels.npy', np.array(labels, np.int64))
-        meta = meta | {'count': len(labels)}
-        if labels and dtype == 'uint8':
-            data = np.load(partial / 'data.npy', mmap_mode='r')
-            sums = np.zeros((2, shape[0]))
-            for at in range(0, len(data), 100):
-                x = data[at:at + 100] / 127.5 - 1
-                sums += x.sum((0, 2, 3)), (x ** 2).sum((0, 2, 3))
-            mean, square = sums / data[:, 0].size
-            meta |= {'mean': mean.tolist(), 'std': np.sqrt(square - mean ** 2).tolist()}
-            some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
-            names = meta.get('class_names') or ['']
-            save_grid(partial / 'preview.png', data[some], [names[labels[i]] for i in some], columns=10)
-        (partial / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
+            file.write(npy_header(dtype, (len(labels), *shape)))
+            file.flush()
+            os.fsync(file.fileno())
+        stored = np.load(partial / 'data.npy', mmap_mode='r') if labels else ()
+        sums = sum(channel_sums(stored[at:at + 100], meta) for at in range(0, len(stored), 100))
+        meta = describe(partial, labels, sums, meta, seed)
         try:
             os.rename(partial, out)
         except OSError:
             if not (out / 'meta.json').exists():                              # else somebody was faster
                 raise
     except OSError as error:
-        raise BadInput(f'cannot write the data folder {out}: {error.strerror or error}') from None
+        raise cannot_write(out, error, needed) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return meta
+
+
+def npy_header(dtype, shape):
+    """The first bytes of an .npy file; as many for any number of rows, because numpy pads for that."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {
+        'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': shape})
+    return header.getvalue()
+
+
+def describe(folder, labels, sums, meta, seed):
+    """Write what stands beside data.npy: labels, preview.png and, last, meta.json, which is returned.
+
+    meta gains "count" and, from the `channel_sums` of all rows, the "mean" and "std" of each channel. The
+    preview shows 50 rows; of latents, as sample.py does, the first three channels.
+    """
+    with whole_file(folder / 'labels.npy') as file:
+        np.save(file, np.array(labels, np.int64))
+    meta = meta | {'count': len(labels)}
+    if labels:
+        array = np.load(folder / 'data.npy', mmap_mode='r')
+        mean, square = sums / array[:, 0].size
+        with np.errstate(invalid='ignore'):                                   # rows may be infinite
+            std = np.sqrt(np.maximum(square - mean ** 2, 0))
+        meta |= {'mean': mean.tolist(), 'std': std.tolist()}
+        some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
+        names = meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
+        images = array[some]
+        if array.dtype != np.uint8:
+            scale = meta.get('scale', LATENT_SCALE) if meta['kind'] == 'moments' else 1
+            x = torch.from_numpy(images[:, :3]).float() * scale / 3
+            images = to_uint8(x.nan_to_num()).numpy()
+        save_grid(folder / 'preview.png', images, [names[labels[i]] for i in some], columns=10)
+    with whole_file(folder / 'meta.json') as file:
+        file.write((json.dumps(meta, indent=1) + '\n').encode())
+    return meta
+
+
+def channel_sums(rows, meta):
+    """(2, C): of what the network sees of each channel of rows as stored, the sum, and the sum of squares.
+
+    Of moments, that is over all samples that could be drawn: squares of scaled means, plus scaled variances.
+    """
+    if meta['kind'] == 'images':                                              # exact, and fast: in integers
+        total = rows.sum((0, 2, 3), dtype=np.int64)
+        square = (rows.astype(np.uint16) ** 2).sum((0, 2, 3), dtype=np.int64)
+        n = rows[:, 0].size
+        return np.stack([total / 127.5 - n, square / 127.5 ** 2 - 2 * total / 127.5 + n])
+    x, variance = rows.astype(np.float64), 0
+    if meta['kind'] == 'moments':
+        mean, logvar = np.split(x, 2, axis=1)
+        scale = meta.get('scale', LATENT_SCALE)
+        x, variance = scale * mean, scale ** 2 * np.exp(logvar.clip(-30, 20))
+    return np.stack([x.sum((0, 2, 3)), (x ** 2 + variance).sum((0, 2, 3))])
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write, which gets its name when all of it is on the disk: under `path` is nothing torn."""
+    temporary = pathlib.Path(f'{path}.tmp{os.getpid()}')
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_room(out, needed):
+    """Refuse to begin what the disk cannot hold."""
+    place = next((place for place in pathlib.Path(out).absolute().parents if place.is_dir()), '/')
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise BadInput(f'{out} needs {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free: make '
+                       f'room, or choose another --out')
+
+
+def cannot_write(out, error, needed=0, kept=''):
+    """The sentence for an OSError; of a full disk it tells how many bytes were needed."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and needed
+    return BadInput(f'cannot write the data folder {out}: {error.strerror or error}'
+                    + f'; {needed / 1e6:,.1f} MB were needed' * bool(full) + kept)
 
 
 def to_uint8(x):
@@ -535,12 +645,8 @@ def save_grid(path, images, titles, columns):
         while title and pen.textlength(title, font) > W * zoom:
             title = title[:-1]
         pen.text((left, top), title, 'black', font)
-    temporary = pathlib.Path(f'{path}.tmp{os.getpid()}')
-    try:
-        sheet.save(temporary, 'PNG')
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        sheet.save(file, 'PNG')
 
 
 # ------------------------------------------------------------------------------------------------- shapes
@@ -609,7 +715,7 @@ def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
 
     meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES),
             'source': f'shapes, seed {seed}'}
-    return save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
+    return save_folder(out, rows(), 'uint8', (3, size, size), meta, seed, count)
 
 
 def default_data():
@@ -624,14 +730,28 @@ def open_data(path):
     return Data(path)
 
 
-# ------------------------------------------------------------------------------------------------- folder
+# ------------------------------------------------------------------------------------------------ pictures
+#
+# One file -> RGB as a viewer shows it. ADM's preparation, by which FID references were made, differs for a
+# few files: it turns nothing upright and drops transparency. How many were changed is counted and told.
 
-SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp')
-NO_CLASS = '.'
+SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP')       # what a file holds counts, not its name; no PostScript
+MAX_PIXELS = 90_000_000                       # more is taken for a decompression bomb
+LARGE_PIXELS = 16_000_000                     # of which one is read at a time, for the memory's sake
+LARGE = threading.Lock()
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,      # EXIF's tag 274
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
+           7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
 
 def center_crop(image, size):
     """ADM's crop: halve by box filter while twice too large, then bicubic to `size`, then cut the centre."""
+    if max(image.size) > 16 * min(image.size):                     # else a line of 1 x 30,000 would grow huge
+        half = 8 * min(image.size)
+        x, y = image.width // 2, image.height // 2
+        image = image.crop((max(x - half, 0), max(y - half, 0),
+                            min(x + half, image.width), min(y + half, image.height)))
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -647,105 +767,876 @@ def central_square(array):
     return array[top:top + side, left:left + side]
 
 
-def read_picture(path, size):
-    """uint8 (3, size, size), or the reason why there is none, as a string."""
+def as_it_is(image, size):
+    if image.size != (size, size):
+        raise BadInput(f'not {size} x {size} like the first: {image.width} x {image.height}')
+    return image
+
+
+def to_rgb(image):
+    """(RGB picture, what had to be done to it as a list of words)."""
+    done = ['of several frames: the first is taken'] * getattr(image, 'is_animated', False)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', Image.DecompressionBombWarning)    # 90 megapixels and more
-            with Image.open(path) as image:
-                return np.asarray(center_crop(image.convert('RGB'), size)).transpose(2, 0, 1)
+        turn = UPRIGHT.get(image.getexif().get(274))
+    except Exception:                                                         # broken EXIF costs no picture
+        turn = None
+    if image.mode.startswith('I'):                                            # 16 bits of grey
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        done.append('reduced from 16 bits to 8')
+    elif image.has_transparency_data:
+        image = image.convert('RGBA')
+        alpha = image.getchannel('A')
+        if alpha.getextrema()[0] < 255:
+            white = Image.new('RGB', image.size, 'white')
+            white.paste(image, mask=alpha)
+            image = white
+            done.append('transparent: laid on white')
+    elif image.mode == 'CMYK':
+        done.append('turned from CMYK to RGB')
+    image = image.convert('RGB')
+    if turn is not None:
+        image = image.transpose(turn)
+        done.append('turned upright as their EXIF says')
+    return image, done
+
+
+def read_picture(file, size, crop=center_crop):
+    """(uint8 (3, size, size), what had to be done), or the reason why there is no picture, as a string.
+
+    `file` is a path or a function that gives the bytes, `crop(image, size)` what is wanted of an RGB image.
+    """
+    try:
+        with Image.open(io.BytesIO(file()) if callable(file) else file, formats=FORMATS) as image:
+            pixels = image.width * image.height                               # none of which is read yet
+            if pixels > MAX_PIXELS:
+                return f'a decompression bomb: {pixels:,} pixels'
+            with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
+                rgb, done = to_rgb(image)
+                if min(rgb.size) < size:
+                    done.append(f'enlarged, being smaller than {size} pixels')
+                return np.asarray(crop(rgb, size)).transpose(2, 0, 1), done
+    except UnidentifiedImageError:
+        return f'not a picture: {", ".join(FORMATS)} are read'
+    except Image.DecompressionBombError as error:
+        return f'a decompression bomb: {error}'
+    except BadInput as error:
+        return str(error)
     except Exception as error:                                                # a broken file raises anything
-        return f'{type(error).__name__}: {error}'
+        return f'damaged or not to be read: {getattr(error, "strerror", None) or error}'
+
+
+def printable(name):
+    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
+# ------------------------------------------------------------------------------------------------- prepare
+#
+# OUT.partial/chunks/plan.json      what is made; a restart must want the same
+# OUT.partial/chunks/000007.chunk   256 pictures, done: a line of JSON (labels, what was skipped), then rows
+# OUT.partial/data.npy              once all chunks are there, their rows; a moved chunk keeps its line
+# OUT.partial/meta.json             last: all is there but the name
+#
+# Chunk files appear by renaming, so whatever is killed, what is there is whole. A picture's chunk and its
+# place in a batch of the encoder are the same for any number of processes and restarts: so are its bytes.
+
+CHUNK = 256                                   # pictures; at 256 pixels 4 MB of moments
+BATCH = {'cpu': 4, 'cuda': 32}                # pictures that a VAE encodes at a time; CHUNK is a multiple
+
+
+def where_am_i():
+    """(rank, world, device), with the process group set up if torchrun started us."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():                       # the slowest is waited for
+        dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
+    return rank, world, device
+
+
+def agree(mistake, world):
+    """All processes stop where one has made a mistake."""
+    failed = torch.tensor([mistake is not None], dtype=torch.int64)
+    if world > 1:
+        dist.all_reduce(failed)
+    if failed:
+        raise mistake or BadInput('another process has found a mistake, see there')
+
+
+def from_first(make, rank, world):
+    """What `make()` returns on process 0, for all."""
+    made, mistake = [None], None
+    if rank == 0:
+        try:
+            made = [make()]
+        except BadInput as error:
+            mistake = error
+    agree(mistake, world)
+    if world > 1:
+        dist.broadcast_object_list(made, 0)
+    return made[0]
+
+
+def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), remarks=(), seed=0):
+    """Write the data folder `out` from pictures, by all processes together, restartable.
+
+    found        [(name, label)], shuffled here, so that the held-out end is a fair sample
+    read         read(name) -> `read_picture`'s answer
+    meta         of the folder: with `found`, what a restart must agree with
+    encode       uint8 (n, 3, size, size) -> float16 (n, 8, size / 8, size / 8); None keeps the pixels
+    passed_over  [(name, reason)] that were not even read, `remarks` sentences: for the closing summary
+    Raises BadInput; where the disk fails, what is done is kept for the next try.
+    """
+    rank, world, device = where_am_i()
+    out, partial = pathlib.Path(out), pathlib.Path(f'{out}.partial')
+    side = size // VAE_FACTOR
+    shape, dtype = ((8, side, side), 'float16') if encode else ((3, size, size), 'uint8')
+    row = math.prod(shape) * np.dtype(dtype).itemsize
+    order = np.random.default_rng(seed).permutation(len(found))
+    chunks = [[found[i] for i in order[at:at + CHUNK]] for at in range(0, len(found), CHUNK)]
+    listing = hashlib.sha256(os.fsencode('\0'.join(f'{name}\0{label}' for name, label in found)))
+    plan = {'source': meta['source'], 'pictures': len(found), 'listing': listing.hexdigest(),
+            'vae_sha256': meta.get('vae_sha256'), 'chunk': CHUNK}
+    clock, mistake = time.perf_counter(), None
+    with contextlib.ExitStack() as hold:
+        todo = from_first(lambda: begin(out, partial, plan, len(chunks), row, hold), rank, world)
+        count = sum(len(chunks[k]) for k in todo)
+        failed = functools.partial(cannot_write, out, needed=count * row, kept=f'; what is done is kept in '
+                                   f'{partial}, and the same command goes on from there')
+        mine = {k: chunks[k] for k in todo[rank::world]}
+        bar = hold.enter_context(tqdm(desc='pictures' if world == 1 else f'pictures of process 0 of {world}',
+                                      total=sum(map(len, mine.values())), disable=rank > 0 or None, unit=''))
+        hold.enter_context(warnings.catch_warnings())
+        warnings.simplefilter('ignore')                                       # Pillow's: the summary tells
+        try:
+            work(partial / 'chunks', mine, read, encode, BATCH[device.type], shape, dtype, meta, workers, bar)
+        except OSError as error:
+            mistake = failed(error)
+        except BadInput as error:
+            mistake = error
+        bar.close()
+        agree(mistake, world)
+        if rank:
+            return
+        rate = count / (time.perf_counter() - clock)
+        try:
+            meta, done = gather(partial, len(chunks), dtype, shape, meta, passed_over, seed)
+            os.rename(partial, out)
+            shutil.rmtree(out / 'chunks')
+        except OSError as error:
+            raise failed(error) from None
+    for sentence in [*remarks, *(f'{n:,} pictures {what}' for what, n in sorted(done.items()))]:
+        print(sentence)
+    tell(out, meta, f'{size} x {size} pixels')
+    print(f'{rate:,.1f} pictures/s, {world} x {workers} threads' if count else 'nothing was left to read')
+
+
+def begin(out, partial, plan, count, row, hold):
+    """Process 0: make or check the working folder; the numbers of the chunks that are still to be made."""
+    chunks = partial / 'chunks'
+    try:
+        chunks.mkdir(parents=True, exist_ok=True)
+        lock = hold.enter_context(open(chunks / 'lock', 'w'))
+        with contextlib.suppress(OSError):                                    # there are disks without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)              # free when its holder dies
+            except BlockingIOError:
+                raise BadInput(f'another program is preparing {out} at this moment') from None
+        for litter in partial.rglob('*.tmp*'):
+            litter.unlink()
+        done = {int(path.stem) for path in chunks.glob('*.chunk')}
+        old = json.loads((chunks / 'plan.json').read_text()) if done else plan
+        other = [f'{name} was {old.get(name)} and is now {plan[name]}'
+                 for name in plan if plan[name] != old.get(name)]
+        if other:
+            raise BadInput(f'{partial} was begun for something else ({"; ".join(other)}): type the command '
+                           f'as it was to go on, or remove {partial} to begin anew')
+        todo = [k for k in range(count) if k not in done]
+        check_room(out, min(plan['pictures'], len(todo) * CHUNK) * row)
+        with whole_file(chunks / 'plan.json') as file:
+            file.write(json.dumps(plan).encode())
+    except OSError as error:
+        raise cannot_write(out, error, plan['pictures'] * row) from None
+    if done:
+        print(f'{printable(partial)} has {len(done)} of {count} chunks: going on from there', flush=True)
+    return todo
+
+
+def work(folder, chunks, read, encode, batch, shape, dtype, meta, workers, bar):
+    """Make `chunks`, {number: [(name, label)]}: one is read by threads while the one before is encoded."""
+    pool = concurrent.futures.ThreadPoolExecutor(workers)         # Pillow decodes and resizes without the GIL
+    queue = lambda k: [pool.submit(read, name) for name, _ in chunks[k]]
+    try:
+        numbers = list(chunks)
+        coming = queue(numbers[0]) if numbers else ()
+        for k, after in itertools.zip_longest(numbers, numbers[1:]):
+            answers, coming = coming, queue(after) if after else ()
+            labels, skipped, done, pictures = [], [], collections.Counter(), []
+            for (name, label), answer in zip(chunks[k], (future.result() for future in answers)):
+                if isinstance(answer, str):
+                    skipped.append((name, answer))
+                else:
+                    labels.append(label)
+                    pictures.append(answer[0])
+                    done.update(answer[1])
+            bar.update(len(skipped))
+            rows = np.empty((len(pictures), *shape), dtype)
+            for at in range(0, len(rows), batch):
+                some = np.stack(pictures[at:at + batch])
+                rows[at:at + batch] = encode(some) if encode else some
+                bar.update(len(some))
+            line = {'labels': labels, 'skipped': skipped, 'done': done,
+                    'sums': channel_sums(rows, meta).tolist()}
+            with whole_file(folder / f'{k:06d}.chunk') as file:
+                file.write(json.dumps(line).encode() + b'\n' + rows.tobytes())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def gather(partial, count, dtype, shape, meta, skipped, seed):
+    """Move the rows of all chunks into data.npy and describe it: (meta, what was done to how many)."""
+    parts = [partial / 'chunks' / f'{k:06d}.chunk' for k in range(count)]
+    labels, skipped, done, spans, sums = [], list(skipped), collections.Counter(), [], 0
+    row = math.prod(shape) * np.dtype(dtype).itemsize
+    for part in parts:
+        with open(part, 'rb') as file:
+            line = file.readline()
+        record = json.loads(line)
+        spans.append((part, len(line), len(labels) * row))
+        labels += record['labels']
+        skipped += record['skipped']
+        done.update(record['done'])
+        sums = sums + np.array(record['sums'])
+    if skipped:
+        with whole_file(partial / 'skipped.txt') as file:
+            file.writelines(f'{printable(name)}\t{reason}\n'.encode() for name, reason in skipped)
+    for name, reason in skipped[:10]:
+        print(f'skipped {printable(name)}: {reason}')
+    if len(skipped) > 10:
+        print(f'... and {len(skipped) - 10:,} more, which skipped.txt names')
+    kinds = collections.Counter(reason.split(':')[0] for _, reason in skipped)
+    for kind, n in sorted(kinds.items()):
+        done[f'skipped: {kind}'] = n
+    if len(labels) < 2:
+        shutil.rmtree(partial)                                                # nothing in it is worth keeping
+        why = f'; the first that is not: {printable(skipped[0][0])}, {skipped[0][1]}' if skipped else ''
+        raise BadInput(f'there are fewer than 2 readable pictures{why}')
+
+    header = npy_header(dtype, (len(labels), *shape))
+    with open(os.open(partial / 'data.npy', os.O_RDWR | os.O_CREAT, 0o666), 'r+b') as whole:
+        whole.write(header)
+        for part, begin, to in spans:
+            with open(part, 'r+b') as file:
+                file.seek(begin)
+                rows = file.read()
+                if rows:                                                      # else they were moved before
+                    whole.seek(len(header) + to)
+                    whole.write(rows)
+                    whole.flush()
+                    os.fsync(whole.fileno())
+                    file.truncate(begin)
+    return describe(partial, labels, sums, meta | {'skipped': len(skipped)}, seed), done
+
+
+def already_there(out):
+    """Refuse an `out` that exists; True for one that was killed while it tidied up, which this does now."""
+    if not os.path.exists(out):
+        return False
+    if not os.path.exists(f'{out}/chunks') or not os.path.exists(f'{out}/meta.json'):
+        raise BadInput(f'{out} exists already: remove it, or choose another --out')
+    shutil.rmtree(f'{out}/chunks')
+    print(f'{printable(out)} was complete')
+    return True
+
+
+def tell(out, meta, each):
+    """The closing lines: what there is now, of what size, and the numbers of its channels."""
+    kind = 'pictures' if meta['kind'] == 'images' else meta['kind']
+    skipped = f', {meta["skipped"]:,} skipped' if 'skipped' in meta else ''
+    print(f'{printable(out)}: {meta["count"]:,} {kind} of {each}, {meta["classes"] or "no"} classes'
+          f'{skipped}; a look at them: preview.png in it')
+    for what, name in (('mean', 'mean'), ('standard deviation', 'std')):
+        print(f'{what} of the channels: ' + ', '.join(f'{value:.3f}' for value in meta[name])
+              + ' (train.py takes 0.5, unless --sigma-data says another)' * (name == 'std'))
+
+
+# ------------------------------------------------------------------------------------------------- folder
+
+def files_under(source):
+    """The names under `source` of all its files, in sorted order, and of the folders in it.
+
+    Links are followed, but not back into where they lie; what begins with a dot is left out.
+    Raises BadInput for a folder that cannot be listed.
+    """
+    def stop(error):
+        raise BadInput(f'cannot list {printable(error.filename)}: {error.strerror}')
+
+    names, places = [], []
+    for folder, folders, files in os.walk(source, followlinks=True, onerror=stop):
+        above = [os.path.realpath(place) for place in pathlib.Path(folder).parents]
+        if os.path.realpath(folder) in above:                                 # a link into what it lies in
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        inside = os.path.relpath(folder, source)
+        places.append(inside)
+        names += [os.path.normpath(os.path.join(inside, name)) for name in sorted(files)
+                  if not name.startswith('.')]
+    return names, places
 
 
 def find_pictures(source):
-    """[(path, class name)] in sorted order; the class is the first folder under `source`."""
-    found = []
-    for folder, folders, files in os.walk(source, followlinks=True):          # class folders are often links
-        above = [os.path.realpath(place) for place in pathlib.Path(folder).parents]
-        if os.path.realpath(folder) in above:                                 # a link into what it lies in
-            folders[:], files = [], []
-        folders.sort()
-        inside = os.path.relpath(folder, source)
-        found += [(os.path.join(folder, name), inside.split(os.sep)[0])
-                  for name in sorted(files) if name.lower().endswith(SUFFIXES)]
-    return found
+    """([(name under `source`, label)], class names, [(name, why passed over)], sentences).
 
-
-def make_folder(source, out, size, workers, seed=0):
-    """Prepare a tree of pictures; see the docstring of this file. Prints what was skipped and why."""
+    A class is a folder directly under `source`, with or without pictures: class numbers are ImageNet's, those
+    of the sorted folders. Without pictures in folders there are no classes. Raises BadInput.
+    """
     if not os.path.isdir(source):
         raise BadInput(f'there is no folder {source} with pictures')
-    found = find_pictures(source)
-    counts = collections.Counter(name for _, name in found)
-    names = sorted(counts.keys() - {NO_CLASS})
-    skipped = []
-    if names and counts[NO_CLASS]:                                            # beside class folders: no class
-        skipped = [(path, 'lies beside the class folders') for path, name in found if name == NO_CLASS]
-        found = [(path, name) for path, name in found if name != NO_CLASS]
-    if not found:
+    names, places = files_under(source)
+    pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
+    if not pictures:
         raise BadInput(f'{source} holds no picture: expected {", ".join(SUFFIXES)} files, in one sub-folder '
                        f'a class or in none')
-    order = np.random.default_rng(seed).permutation(len(found))            # the held-out end is a fair sample
-    found = [found[i] for i in order]
+    others = collections.Counter(os.path.splitext(name)[1].lower() or 'without a suffix'
+                                 for name in names if not name.lower().endswith(SUFFIXES))
+    sentences = [f'{n:,} files that are no pictures by their name, {printable(suffix)}: left out'
+                 for suffix, n in sorted(others.items())]
+    if not any(os.sep in name for name in pictures):
+        return [(name, 0) for name in pictures], [], [], sentences
+    classes = sorted(place for place in places if os.sep not in place and place != os.curdir)
+    number = {name: k for k, name in enumerate(classes)}
+    found = [(name, number[name.split(os.sep)[0]]) for name in pictures if os.sep in name]
+    used = {label for _, label in found}
+    sentences += [f'class {k}, {printable(name)}, has no pictures: it keeps its number'
+                  for name, k in number.items() if k not in used]
+    passed_over = [(name, 'lies beside the class folders') for name in pictures if os.sep not in name]
+    return found, [printable(name) for name in classes], passed_over, sentences
+
+
+def make_folder(source, out, size, workers, vae=None):
+    """Prepare a tree of pictures, as pixels or, with the file of a VAE, as moments. Raises BadInput."""
+    rank, world, device = where_am_i()
+    if vae and size % VAE_FACTOR:
+        raise BadInput(f'--size {size} must be a multiple of {VAE_FACTOR} for the VAE')
+    meta = {'kind': 'moments' if vae else 'images', 'source': f'folder, {size} pixels'}
+    found, classes, passed_over, sentences = from_first(lambda: find_pictures(source), rank, world)
+    meta |= {'classes': len(classes)} | ({'class_names': classes} if classes else {})
+    encode = None
+    if vae:
+        network, sha256 = read_vae(vae, device)
+        torch.backends.cudnn.deterministic = True                             # a restart makes the same bytes
+        meta |= {'scale': LATENT_SCALE, 'vae': printable(os.path.abspath(vae)), 'vae_sha256': sha256}
+        encode = functools.partial(encode_pictures, network, device)
+    read = lambda name: read_picture(os.path.join(source, name), size)
+    prepare(out, found, read, meta, size, workers, encode, passed_over, sentences)
+
+
+@torch.no_grad()
+def encode_pictures(vae, device, pictures):
+    """uint8 (n, 3, S, S) -> moments float16 (n, 8, S/8, S/8). Raises BadInput if float16 cannot hold them."""
+    moments = vae.encode(torch.from_numpy(pictures).to(device) / 127.5 - 1).half().cpu()
+    if not moments.isfinite().all():
+        raise BadInput('the VAE makes numbers that are not finite in float16: is its file the published one?')
+    return moments.numpy()
+
+
+# ------------------------------------------------------------------------------------------ CIFAR-10, CelebA
+
+CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+CIFAR_MD5 = {'c58f30108f718f92721af3b95e74349a': 'python', 'c32a1d4ab5d03f1284b67883e8d87530': 'binary'}
+CIFAR_BYTES = 250_000_000                     # the archives hold 186 MB
+
+
+def points_out(name):
+    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
+    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
+
+
+class Bounded(io.RawIOBase):
+    """A file that gives `limit` bytes at most, then BadInput: what kilobytes unpack to may be endless."""
+
+    def __init__(self, file, limit, path):
+        self.file, self.left, self.path = file, limit, path
+
+    def read(self, n):
+        content = self.file.read(min(n, self.left + 1) if n >= 0 else self.left + 1)
+        self.left -= len(content)
+        if self.left < 0:
+            raise BadInput(f'{self.path} unpacks to more than CIFAR-10 holds')
+        return content
+
+
+def cifar_batches(source):
+    """{file name: content} of the training batches in an archive or a folder. Nothing is unpacked to disk."""
+    wanted = re.compile(r'data_batch_[1-5](\.bin)?')
+    batches = {}
+    try:
+        if os.path.isdir(source):
+            for name in files_under(source)[0]:
+                if wanted.fullmatch(os.path.basename(name)):
+                    with open(os.path.join(source, name), 'rb') as file:
+                        batches[os.path.basename(name)] = Bounded(file, CIFAR_BYTES // 5, name).read(-1)
+            return batches
+        with open(source, 'rb') as file:
+            if os.path.getsize(source) > CIFAR_BYTES:
+                raise BadInput(f'{source} is larger than CIFAR-10')
+            content = file.read()
+            md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+            packed = content.startswith(b'\x1f\x8b')
+            file.seek(0)
+            plain = gzip.GzipFile(fileobj=file) if packed else file
+            with tarfile.open(fileobj=Bounded(plain, CIFAR_BYTES, source), mode='r|') as archive:
+                for k, member in enumerate(archive):
+                    name = printable(member.name)
+                    odd = 'is one of more than 100' if k >= 100 else \
+                          'points out of it' if points_out(member.name) else \
+                          'is a link or a device' if not (member.isfile() or member.isdir()) else \
+                          f'has {member.size:,} bytes' if member.size > CIFAR_BYTES // 5 else ''
+                    if odd:
+                        raise BadInput(f'{source} has a member {name} that {odd}: this is not CIFAR-10')
+                    if member.isfile() and wanted.fullmatch(os.path.basename(member.name)):
+                        batches[os.path.basename(member.name)] = archive.extractfile(member).read()
+    except FileNotFoundError:
+        raise BadInput(f'there is no {source}: expected cifar-10-python.tar.gz, cifar-10-binary.tar.gz, or '
+                       f'what is in them') from None
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise BadInput(f'{source} is cut short or no tar archive: {error}') from None
+    known = f'the published one, {CIFAR_MD5[md5]} version' if md5 in CIFAR_MD5 else 'of no published archive'
+    print(f'{printable(source)}: its MD5 {md5} is {known}')
+    return batches
+
+
+def read_cifar_batch(name, content):
+    """(pictures uint8 (n, 3, 32, 32), labels) of a batch, binary or python version. Raises BadInput.
+
+    A record of the binary version is a label and 3 x 32 x 32 bytes. The python version is a pickle, which is
+    not loaded: its operations are looked through for the one long string of bytes, the pictures, and for the
+    numbers after the word "labels".
+    """
+    if name.endswith('.bin'):
+        if not content or len(content) % 3073:
+            raise BadInput(f'{name} has {len(content):,} bytes, not a multiple of 3,073: it is cut short')
+        records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+        labels, pixels = records[:, 0], records[:, 1:].tobytes()
+    else:
+        labels, pixels, key = [], b'', None
+        try:
+            for k, (operation, value, _) in enumerate(pickletools.genops(content)):
+                if k > 1_000_000:                                             # a published one has 30,000
+                    raise ValueError('more than 1,000,000 operations')
+                if isinstance(value, str) and operation.name in ('BINSTRING', 'SHORT_BINSTRING', 'STRING'):
+                    value = value.encode('latin-1')
+                if isinstance(value, bytes) and len(value) >= 3072:
+                    pixels = value
+                elif isinstance(value, bytes | str) and operation.name != 'GLOBAL':
+                    key = value if isinstance(value, str) else value.decode('latin-1')
+                elif operation.name.startswith('BININT') and key == 'labels':
+                    labels.append(value)
+        except (ValueError, struct.error) as error:
+            raise BadInput(f'{name} is cut short or no pickle: {error}') from None
+        if not labels or len(pixels) != 3072 * len(labels):
+            raise BadInput(f'{name} holds {len(labels):,} labels and {len(pixels):,} bytes of pictures, '
+                           f'expected 3,072 bytes a label: is this CIFAR-10?')
+    labels = np.asarray(labels)
+    if labels.min() < 0 or labels.max() > 9:
+        raise BadInput(f'{name} holds labels from {labels.min()} to {labels.max()}, expected 0 to 9')
+    return np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32), labels
+
+
+def make_cifar(source, out, seed=0):
+    """The 50,000 training pictures of CIFAR-10, 32 x 32, shuffled. Raises BadInput."""
+    batches = cifar_batches(source)
+    version = '.bin' * any(name.endswith('.bin') for name in batches)
+    names = [f'data_batch_{k}{version}' for k in range(1, 6)]
+    if missing := [name for name in names if name not in batches]:
+        raise BadInput(f'{source} has no {", ".join(missing)}: it is not CIFAR-10, or cut short')
+    pictures, labels = map(np.concatenate, zip(*(read_cifar_batch(name, batches[name]) for name in names)))
+    order = np.random.default_rng(seed).permutation(len(labels))
+    rows = ((pictures[i], int(labels[i])) for i in order)
+    meta = {'kind': 'images', 'classes': 10, 'class_names': CIFAR_CLASSES, 'source': 'CIFAR-10, training set'}
+    tell(out, save_folder(out, rows, 'uint8', (3, 32, 32), meta, seed, len(order)), '32 x 32')
+
+
+def celeba_crop(image, size, side, x, y):
+    """`side` pixels around (x, y) of an aligned picture, scaled by a triangle filter, as others scale it."""
+    if image.size != (178, 218):
+        raise BadInput(f'not aligned, 178 x 218: {image.width} x {image.height}')
+    left, top = x - side // 2, y - side // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+
+
+def read_attribute(source, attribute):
+    """{picture name: 0 or 1} from list_attr_celeba.txt in or beside `source`. Raises BadInput.
+
+    The file holds a count, 40 names, then a line a picture with its name and 40 times -1 or 1.
+    """
+    folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
+    places = [os.path.join(folder, *way, 'list_attr_celeba.txt') for way in
+              ((), ('Anno',), ('..',), ('..', 'Anno'), ('..', '..', 'Anno'))]
+    path = next((place for place in places if os.path.isfile(place)), None)
+    if path is None:
+        raise BadInput(f'--attribute needs list_attr_celeba.txt in or beside {source}')
+    try:
+        if os.path.getsize(path) > 100_000_000:                               # the published one has 27 MB
+            raise BadInput(f'{path} is larger than the attributes of CelebA')
+        with open(path, encoding='utf-8') as file:
+            file.readline()
+            names = file.readline().split()
+            if attribute not in names:
+                raise BadInput(f'--attribute {attribute} is none of {", ".join(names)[:1000]}')
+            column = names.index(attribute) + 1
+            lines = [line.split() for line in file]
+            return {words[0]: {'1': 1, '-1': 0}[words[column]] for words in lines if words}
+    except (OSError, UnicodeDecodeError, KeyError, IndexError) as error:
+        raise BadInput(f'{path} cannot be read as the attributes of CelebA: {error!r}') from None
+
+
+def make_celeba(source, out, size, crop, attribute, workers):
+    """The aligned pictures of CelebA, all 202,599, from their folder or zip. Raises BadInput."""
+    side, x, y = crop
+    if not (1 <= side and 0 <= x - side // 2 <= 178 - side and 0 <= y - side // 2 <= 218 - side):
+        raise BadInput(f'--crop {side} {x} {y} reaches out of the 178 x 218 pixels')
+    rank, world, _ = where_am_i()
+
+    def find():
+        names = [name for name in open_tree(source)[0]
+                 if name.lower().endswith('.jpg') and not os.path.basename(name).startswith('.')]
+        if not names:
+            raise BadInput(f'{source} holds no .jpg: expected img_align_celeba.zip, or the folder in it')
+        if not attribute:
+            return [(name, 0) for name in names]
+        labels = read_attribute(source, attribute)
+        if lost := [name for name in names if os.path.basename(name) not in labels]:
+            raise BadInput(f'list_attr_celeba.txt lacks {printable(lost[0])} and {len(lost) - 1} more')
+        return [(name, labels[os.path.basename(name)]) for name in names]
+
+    found = from_first(find, rank, world)
+    opened = open_tree(source)[1]
+    cut = functools.partial(celeba_crop, side=side, x=x, y=y)
+    meta = {'kind': 'images', 'classes': 2 if attribute else 0,
+            'source': f'CelebA, {side} pixels around ({x}, {y}) to {size}, classes by {attribute}'}
+    meta |= {'class_names': [f'not {attribute}', attribute]} if attribute else {}
+    prepare(out, found, lambda name: read_picture(opened(name), size, cut), meta, size, workers)
+
+
+# ------------------------------------------------------------------------------------------------- import
+
+MAX_BYTES = 2 ** 27                           # of a picture in a zip file
+UNPACKED = 50                                 # times its own size may a zip file's members have together
+
+
+def open_zip(path):
+    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
+    try:
+        archive = zipfile.ZipFile(path)
+        size, members = os.path.getsize(path), archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
+    for member in members:
+        name = printable(member.filename)
+        if points_out(member.filename):
+            raise BadInput(f'{path} has a member {name} that points out of it')
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise BadInput(f'{path} has a member {name} that is a link')
+        if member.flag_bits & 1:
+            raise BadInput(f'{path} has a member {name} that is encrypted')
+        if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
+            raise BadInput(f'{path} has a member {name} that lies about its length')
+    if sum(member.compress_size for member in members) > size:
+        raise BadInput(f'{path} has members that overlap or reach beyond its end')
+    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
+        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
+    return archive
+
+
+def open_tree(source):
+    """(names of the files in a folder or a zip file, a function that gives what `read_picture` takes)."""
+    if os.path.isdir(source):
+        return files_under(source)[0], functools.partial(os.path.join, source)
+    if not os.path.exists(source):
+        raise BadInput(f'there is no {source}')
+    archive = open_zip(source)
+
+    def read(name):
+        if archive.getinfo(name).file_size > MAX_BYTES:
+            raise BadInput(f'too large for a picture: {archive.getinfo(name).file_size:,} bytes')
+        return archive.read(name)
+    names = sorted(name for name in archive.namelist() if not name.endswith('/'))
+    return names, lambda name: functools.partial(read, name)
+
+
+def map_array(path, begin=0, length=None):
+    """The array of the .npy file that lies at `begin` in the file `path`, mapped. Raises BadInput."""
+    try:
+        length = os.path.getsize(path) - begin if length is None else length
+        with open(path, 'rb') as file:
+            file.seek(begin)
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError('its version is not 1.0')
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            header = file.tell() - begin
+        if dtype.kind not in 'fiu':
+            raise ValueError(f'it holds {dtype}, no plain numbers')
+        if min(shape, default=1) < 1 or header + math.prod(shape) * dtype.itemsize != length:
+            raise ValueError(f'{dtype} {shape} do not fill its {length:,} bytes')
+        return np.memmap(path, dtype, 'r', begin + header, shape, 'F' if fortran else 'C')
+    except Exception as error:                                               # a broken header raises anything
+        raise BadInput(f'{printable(path)} has an array that is cut short or cannot be read: '
+                       f'{printable(getattr(error, "strerror", None) or error)[:300]}') from None
+
+
+def place_of(archive, name):
+    """(path, begin, length) of a member of a zip file, for `map_array`. Raises BadInput."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise BadInput(f'{archive.filename} is compressed: type `python -m zipfile -e {archive.filename} '
+                       f'FOLDER` and import what is in FOLDER')
+    with open(archive.filename, 'rb') as file:
+        file.seek(member.header_offset)
+        head = file.read(30)
+    if len(head) < 30 or head[:4] != b'PK\3\4':
+        raise BadInput(f'{archive.filename} has no member where it says that {printable(name)} is')
+    begin = member.header_offset + 30 + sum(struct.unpack('<HH', head[26:]))
+    return archive.filename, begin, member.file_size
+
+
+def dataset_labels(source, names):
+    """Labels (N,) of the files `names`, or None, by EDM's dataset.json: {"labels": [[name, class], ...]}."""
+    most = 1000 + 200 * len(names)                                            # bytes; an entry has about 50
+    try:
+        if os.path.isdir(source):
+            with open(os.path.join(source, 'dataset.json'), 'rb') as file:
+                content = file.read(most + 1)
+        else:
+            with open_zip(source) as archive, archive.open('dataset.json') as file:
+                content = file.read(most + 1)
+        if len(content) > most:
+            raise ValueError(f'more than {most:,} bytes')
+        pairs = json.loads(content)['labels']
+        if pairs is None:
+            return None
+        labels = {name: label for name, label in pairs}
+        found = [labels[name] for name in names]
+        if not all(type(label) is int and 0 <= label < 2 ** 31 for label in found):
+            raise TypeError('labels must be class numbers')
+        return np.array(found)
+    except Exception as error:                                                # JSON and zip raise many things
+        raise BadInput(f'{source} needs a dataset.json with {{"labels": [[name, class], ...]}} for its '
+                       f'{len(names):,} files: {type(error).__name__} {printable(error)[:100]}') from None
+
+
+def open_arrays(source):
+    """(what it is, number of rows, row(i) -> array, labels (N,) or None) of others' arrays, or BadInput."""
+    path = pathlib.Path(source)
+    if features := sorted(path.glob('*_features')):
+        names = {name: features[0] / name for name in files_under(features[0])[0]}
+        beside = pathlib.Path(str(features[0]).removesuffix('_features') + '_labels')
+        if len(features) > 1 or not names or not all(re.fullmatch(r'\d{1,9}\.npy', name) for name in names):
+            raise BadInput(f'{source} should hold one folder NAME_features of 0.npy, 1.npy, ...')
+        order = sorted(names)                                                 # any will do: it is shuffled
+        if lost := [name for name in order if not (beside / name).is_file()]:
+            raise BadInput(f'{beside} lacks {lost[0]} and {len(lost) - 1} more: each feature needs its label')
+        labels = [map_array(beside / name).reshape(-1)[0] for name in order]
+        return "fast-DiT's features", len(order), lambda i: map_array(names[order[i]]), np.array(labels)
+    if path.is_dir() or path.suffix == '.zip':
+        names = open_tree(source)[0]
+        order = [name for name in names if name.endswith('.npy')]
+        if not order:
+            raise BadInput(f'{source} holds neither dataset.json with .png or .npy files, nor a folder '
+                           f'NAME_features: type the folder or the zip file that does')
+        labels = dataset_labels(source, order)
+        archive = None if path.is_dir() else open_zip(source)
+        row = lambda i: map_array(*(place_of(archive, order[i]) if archive else (path / order[i],)))
+        return "EDM's layout of arrays", len(order), row, labels
+    if path.suffix == '.npz':
+        archive = open_zip(source)
+        arrays = {name: map_array(*place_of(archive, f'{name}.npy')) for name in
+                  ('arr_0', 'latents', 'arr_1', 'labels') if f'{name}.npy' in archive.namelist()}
+    else:
+        arrays = {'array': map_array(source)}
+    labels = arrays.pop('arr_1', arrays.pop('labels', None))
+    if len(arrays) != 1 or any(array.ndim != 4 for array in arrays.values()):
+        told = ', '.join(f'{name} {array.dtype} {array.shape}' for name, array in arrays.items())
+        raise BadInput(f'{source} holds {told or "no arr_0 or latents"}: expected one array (N, C, h, h)')
+    (name, array), = arrays.items()
+    if array.dtype == np.uint8 and array.shape[3] in (1, 3):                  # ADM's (N, H, W, C)
+        return f'{name} of pictures', len(array), lambda i: array[i].transpose(2, 0, 1), labels
+    return name, len(array), array.__getitem__, labels
+
+
+def find_layout(look, layout):
+    """(layout, how it is known) of rows: pixels, mean-logvar, mean-std or sampled. Raises BadInput."""
+    C = look.shape[1]
+    if look.dtype == np.uint8:
+        if layout:
+            raise BadInput(f'--layout {layout} is for latents, and these are pictures')
+        return 'pixels', 'uint8'
+    if layout and layout != 'sampled' and C % 2:
+        raise BadInput(f'--layout {layout} needs an even number of channels, and there are {C}')
+    if layout:
+        return layout, 'as --layout says'
+    if C == 4:
+        return 'sampled', '4 channels'
+    if C != 8:
+        raise BadInput(f'rows of {C} channels are neither 4 sampled latents nor 8 moments: type --layout')
+    low = look[:, 4:].min()
+    if low < 0:
+        return 'mean-logvar', f'channels 4 to 7 go down to {low:.3g}, and a standard deviation does not'
+    return 'mean-std', f'channels 4 to 7 of {len(look)} rows are never below 0, as log-variances would be'
+
+
+def make_import(source, out, layout, scale, workers, seed=0):
+    """Copy what another repository has prepared; see the docstring of this file. Raises BadInput."""
+    path = pathlib.Path(source)
+    if not path.exists():
+        raise BadInput(f'there is no {source}')
+    if path.is_dir() or path.suffix == '.zip':
+        names, opened = open_tree(source)
+        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
+        if pictures and 'dataset.json' in names:
+            return import_pictures(source, pictures, opened, out, layout, workers)
+    if int(os.environ.get('RANK', 0)):
+        return None
+    what, count, row, labels = open_arrays(source)
+    if count < 2:
+        raise BadInput(f'{source} holds 1 row: at least 2 are needed, one to train on and one held out')
+    order = np.random.default_rng(seed).permutation(count)
+    first = row(order[0])
+    shape = first.shape[first.ndim == 4:]                                     # fast-DiT's are (1, C, h, w)
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise BadInput(f'{source} holds rows {first.shape}: expected (C, h, h)')
+
+    def get(i):
+        found = row(i)
+        if found.size != math.prod(shape) or found.shape[-3:] != shape:
+            raise BadInput(f'{source} holds rows {found.shape} and {first.shape}: all must be alike')
+        return np.asarray(found).reshape(shape)
+
+    layout, why = find_layout(np.stack([get(i) for i in order[:100]]), layout)
+    classes = 0 if labels is None else int(np.max(labels)) + 1
+    labels = np.zeros(count, np.int64) if labels is None else np.asarray(labels)
+    if labels.shape != (count,) or labels.dtype.kind not in 'iu' or labels.min() < 0 or classes > 2 ** 31:
+        raise BadInput(f'{source} holds labels {labels.dtype} {labels.shape}: expected {count:,} from 0 up')
+    print(f'{printable(source)}: {what}, {count:,} rows of {first.dtype} {shape}, {classes or "no"} classes')
+    print(f'layout {layout}: {why}')
+    moments = layout.startswith('mean')
+    kind = 'images' if layout == 'pixels' else 'moments' if moments else 'latents'
+    dtype = 'uint8' if kind == 'images' else 'float16' if moments or first.dtype == np.float16 else 'float32'
 
     def rows():
-        good = 0
-        with multiprocessing.get_context('spawn').Pool(workers) as pool:
-            read = functools.partial(read_picture, size=size)
-            pictures = pool.imap(read, [path for path, _ in found], chunksize=16)
-            for (path, name), picture in tqdm(zip(found, pictures), 'pictures', len(found), unit=''):
-                if isinstance(picture, str):
-                    skipped.append((path, picture))
-                else:
-                    good += 1
-                    yield picture, names.index(name) if names else 0
-        if good < 2:
-            why = f'; the first that is not: {skipped[0][0]}, {skipped[0][1]}' if skipped else ''
-            raise BadInput(f'{source} holds fewer than 2 readable pictures{why}')
+        for i in tqdm(order, 'rows', unit='', disable=None):
+            x = get(i)
+            if layout == 'mean-std':
+                mean, std = np.split(x.astype(np.float32), 2)
+                if std.min() < 0:
+                    raise BadInput(f'{source}: row {i} has a deviation below 0: type --layout mean-logvar')
+                x = np.concatenate([mean, 2 * np.log(std.clip(1e-7))])
+            elif kind == 'latents' and scale is not None:
+                x = scale * x.astype(np.float32)
+            with np.errstate(over='ignore'):
+                x = x.astype(dtype)
+            if not np.isfinite(x).all():
+                raise BadInput(f'{source}: row {i} holds numbers that are not finite in {dtype}')
+            yield x, int(labels[i])
 
-    meta = {'kind': 'images', 'classes': len(names), 'source': f'folder, {size} pixels'}
-    meta |= {'class_names': names} if names else {}
-    meta = save_folder(out, rows(), 'uint8', (3, size, size), meta, seed)
-    for path, reason in skipped:
-        print(f'skipped {path}: {reason}')
-    print(f'{out}: {meta["count"]} pictures of {size} x {size}, {len(names) or "no"} classes, '
-          f'{len(skipped)} skipped; a look at them: {out}/preview.png')
-    tell_deviation(meta)
+    meta = {'kind': kind, 'classes': classes, 'source': f'import of {what}, {layout}'}
+    meta |= {'scale': LATENT_SCALE if scale is None else scale} if kind != 'images' else {}
+    meta = save_folder(out, rows(), dtype, shape, meta, seed, count)
+    tell(out, meta, ' x '.join(map(str, shape)))
+    std = np.mean(meta['std'])
+    if kind != 'images' and not 0.3 < std < 2.5:
+        print(f'note: what a network sees usually deviates by 0.5 to 1.2, and this by {std:.2f}: --scale is '
+              f'what it is multiplied by')
 
 
-def tell_deviation(meta):
-    print('standard deviation of the channels: ' + ', '.join(f'{std:.3f}' for std in meta['std'])
-          + ' (train.py takes 0.5, unless --sigma-data says another)')
+def import_pictures(source, names, opened, out, layout, workers):
+    """EDM's layout of pictures: a folder or zip file of them, all as large as the first, and dataset.json."""
+    rank, world, _ = where_am_i()
+
+    def find():
+        if layout:
+            raise BadInput(f'--layout {layout} is for latents, and these are pictures')
+        labels = dataset_labels(source, names)
+        try:
+            first = opened(names[0])
+            with Image.open(io.BytesIO(first()) if callable(first) else first, formats=FORMATS) as image:
+                size = image.width
+        except Exception as error:                                            # a broken file raises anything
+            raise BadInput(f'{source}: its first picture cannot be read: {printable(error)}') from None
+        classes = 0 if labels is None else int(labels.max()) + 1
+        return size, classes, [(name, int(label)) for name, label in
+                               zip(names, np.zeros(len(names)) if labels is None else labels)]
+
+    size, classes, found = from_first(find, rank, world)
+    if rank == 0:
+        print(f"{printable(source)}: EDM's layout, {len(found):,} pictures {size} x {size}, "
+              f'{classes or "no"} classes')
+    meta = {'kind': 'images', 'classes': classes, 'source': f"import of EDM's layout, {size} pixels"}
+    read = lambda name: read_picture(opened(name), size, as_it_is)
+    prepare(out, found, read, meta, size, workers)
 
 
 # ------------------------------------------------------------------------------------------- command line
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(description='Prepare a data folder.', allow_abbrev=False)
     sub = parser.add_subparsers(dest='what', required=True)
-    shapes = sub.add_parser('shapes', help='10 classes of drawn shapes', allow_abbrev=False)
-    shapes.add_argument('--out', default='shapes', help='folder to make')
-    shapes.add_argument('--size', type=int, default=SHAPES_SIZE, help='pixels a side')
-    shapes.add_argument('--n', type=int, default=SHAPES_COUNT, help='number of pictures')
-    shapes.add_argument('--seed', type=int, default=0)
-    folder = sub.add_parser('folder', help='a tree of PNG, JPEG or WebP files', allow_abbrev=False)
-    folder.add_argument('source', help='one sub-folder a class, or none')
-    folder.add_argument('--out', default='data', help='folder to make')
-    folder.add_argument('--size', type=int, required=True, help='pixels a side')
-    folder.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
-    args = parser.parse_args(argv)
-    if args.size < 1 or getattr(args, 'n', 2) < 2 or getattr(args, 'workers', 1) < 1:
+
+    def command(name, out, **about):
+        made = sub.add_parser(name, allow_abbrev=False, **about)
+        made.add_argument('--out', default=out, help=f'folder to make ({out})')
+        return made.add_argument
+    flag = command('shapes', 'shapes', help='10 classes of drawn shapes')
+    flag('--size', type=int, default=SHAPES_SIZE, help='pixels a side')
+    flag('--n', type=int, default=SHAPES_COUNT, help='number of pictures')
+    flag('--seed', type=int, default=0)
+    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    flag = command('folder', 'data', help='a tree of pictures')
+    flag('source', help='one sub-folder a class, or none')
+    flag('--size', type=int, required=True, help='pixels a side')
+    flag('--vae', metavar='FILE', help="store moments of Stable Diffusion's VAE")
+    flag('--workers', type=int, default=threads, help='threads that read pictures, each process')
+    flag = command('cifar10', 'cifar10', help='CIFAR-10')
+    flag('source', help='archive, python or binary version, or what is in it')
+    flag = command('celeba', 'celeba', help='CelebA, aligned')
+    flag('source', help='img_align_celeba.zip, or the folder in it')
+    flag('--size', type=int, default=64, help='pixels a side')
+    flag('--crop', type=int, nargs=3, default=(128, 89, 121), metavar=('SIDE', 'X', 'Y'),
+         help='square around a centre, in pixels (128 89 121)')
+    flag('--attribute', help='one of list_attr_celeba.txt, as the class')
+    flag('--workers', type=int, default=threads, help='threads that read pictures, each process')
+    flag = command('import', 'data', help='what another repository has prepared')
+    flag('source', help='folder, .zip, .npz or .npy')
+    flag('--layout', choices=('mean-logvar', 'mean-std', 'sampled'), help='of latents (looked at)')
+    flag('--scale', type=float, help=f'what latents are multiplied by ({LATENT_SCALE}; samples have been)')
+    flag('--workers', type=int, default=threads, help='threads that read pictures, each process')
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    if min(getattr(args, name, 1) for name in ('size', 'workers')) < 1 or getattr(args, 'n', 2) < 2:
         raise BadInput('--size and --workers must be at least 1, --n at least 2')
-    if os.path.exists(args.out):
-        raise BadInput(f'{args.out} exists already: remove it, or choose another --out')
-    if args.what == 'shapes':
+    if getattr(args, 'scale', None) is not None and not 0 < args.scale < math.inf:
+        raise BadInput('--scale must be above 0')
+    rank, world, _ = where_am_i()
+    if from_first(lambda: already_there(args.out), rank, world):
+        return
+    if args.what == 'folder':
+        make_folder(args.source, args.out, args.size, args.workers, args.vae)
+    elif args.what == 'celeba':
+        make_celeba(args.source, args.out, args.size, args.crop, args.attribute, args.workers)
+    elif args.what == 'import':
+        make_import(args.source, args.out, args.layout, args.scale, args.workers)
+    elif rank == 0 and args.what == 'cifar10':                                # quick: no work for several
+        make_cifar(args.source, args.out)
+    elif rank == 0:
         meta = make_shapes(args.out, args.size, args.n, args.seed)
-        print(f'{args.out}: {args.n} pictures of {args.size} x {args.size}, {len(SHAPES)} classes; '
-              f'a look at them: {args.out}/preview.png')
-        tell_deviation(meta)
-    else:
-        make_folder(args.source, args.out, args.size, args.workers)
+        tell(args.out, meta, f'{args.size} x {args.size} pixels')
 
 
 if __name__ == '__main__':
@@ -754,3 +1645,9 @@ if __name__ == '__main__':
     except BadInput as mistake:
         print(f'data.py: {mistake}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('data.py: interrupted; of pictures, what is done is kept for the same command', file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

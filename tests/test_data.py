@@ -1,4 +1,7 @@
-"""data.py: the format, its refusals, the two ways to make a folder, and the order of images."""
+"""data.py: the format, its refusals, the drawn shapes, and the order of images.
+
+How other data get there is in test_prepare.py.
+"""
 
 import json
 import multiprocessing
@@ -276,79 +279,7 @@ def test_default_data(tmp_path, monkeypatch):
     assert data.default_data() == 'data'
 
 
-# -------------------------------------------------------------------------------------------------- folder
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """Two classes of PNG, JPEG and WebP files, two of them broken, and one beside the class folders."""
-    rng = np.random.default_rng(0)
-    for name, count in (('cat', 5), ('dog', 4)):
-        (tmp_path / 'src' / name / 'deeper').mkdir(parents=True)
-        for i in range(count):
-            image = Image.fromarray(rng.integers(0, 255, (40 + i, 70 - i, 3), dtype=np.uint8))
-            place = tmp_path / 'src' / name / ('deeper' if i % 2 else '.')
-            image.save(place / f'{i}.{("png", "jpg", "webp")[i % 3]}')
-    (tmp_path / 'src' / 'dog' / 'empty.png').write_bytes(b'')
-    whole = (tmp_path / 'src' / 'cat' / 'deeper' / '1.jpg').read_bytes()
-    (tmp_path / 'src' / 'cat' / 'half.jpg').write_bytes(whole[: len(whole) // 2])
-    (tmp_path / 'src' / 'cat' / 'notes.txt').write_text('no picture')
-    Image.new('RGB', (9, 9)).save(tmp_path / 'src' / 'stray.png')
-    return tmp_path / 'src'
-
-
-def test_folder(tree, tmp_path, capsys):
-    out = tmp_path / 'made'
-    data.main(['folder', str(tree), '--out', str(out), '--size', '16', '--workers', '2'])
-    told = capsys.readouterr().out
-    assert '9 pictures' in told and '3 skipped' in told and 'standard deviation of the channels: 0.' in told
-    for name in ('empty.png', 'half.jpg', 'stray.png'):
-        assert f'{name}: ' in told
-    dataset = data.Data(out)
-    assert dataset.array.shape == (9, 3, 16, 16) and dataset.class_names == ['cat', 'dog']
-    assert np.bincount(dataset.labels).tolist() == [5, 4]
-    assert (out / 'preview.png').exists()
-    expected = {
-        data.read_picture(path, 16).tobytes()
-        for path in tree.rglob('*.*')
-        if path.name in ('0.png', '1.jpg', '2.webp', '3.png', '4.jpg')
-    }
-    assert {row.tobytes() for row in dataset.array} == expected
-
-
-def test_folder_without_classes(tmp_path):
-    (tmp_path / 'src').mkdir()
-    for i in range(3):
-        Image.new('L', (20, 30), i).save(tmp_path / 'src' / f'{i}.png')
-    data.main(
-        ['folder', str(tmp_path / 'src'), '--out', str(tmp_path / 'made'), '--size', '8', '--workers', '1']
-    )
-    dataset = data.Data(tmp_path / 'made')
-    assert dataset.classes == 0 and dataset.count == 3 and dataset.channels == 3
-
-
-def test_linked_class_folders_count_and_loops_end(tree, tmp_path):
-    (tree.parent / 'linked').mkdir()
-    for name in ('cat', 'dog'):
-        (tree.parent / 'linked' / name).symlink_to(tree / name)
-    (tree / 'cat' / 'loop').symlink_to(tree)
-    found = data.find_pictures(tree.parent / 'linked')
-    assert sum(name == 'cat' for _, name in found) >= 6 and sum(name == 'dog' for _, name in found) == 5
-
-
-def test_center_crop_is_adms():
-    """Box-halved while twice too large, bicubic to size, centre cut: said again for one picture."""
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 255, (150, 90, 3), dtype=np.uint8))
-    halved = image.resize((45, 75), Image.Resampling.BOX)
-    scaled = halved.resize((32, round(75 * 32 / 45)), Image.Resampling.BICUBIC)
-    top = (scaled.height - 32) // 2
-    expected = np.asarray(scaled)[top : top + 32]
-    assert np.array_equal(np.asarray(data.center_crop(image, 32)), expected)
-
-
-def test_decompression_bomb_is_skipped(tmp_path):
-    Image.new('1', (12_000, 12_000)).save(tmp_path / 'bomb.png')
-    assert 'DecompressionBomb' in data.read_picture(tmp_path / 'bomb.png', 8)
+# -------------------------------------------------------------------------------------------- command line
 
 
 @pytest.mark.parametrize(
@@ -359,6 +290,12 @@ def test_decompression_bomb_is_skipped(tmp_path):
         (['folder', 'broken', '--size', '8', '--workers', '1'], 'fewer than 2 readable'),
         (['folder', 'single', '--size', '8', '--workers', '1'], 'fewer than 2 readable pictures\n'),
         (['folder', 'empty', '--size', '0'], 'at least 1'),
+        (['folder', 'empty', '--size', '8', '--workers', '0'], 'at least 1'),
+        (['celeba', 'empty', '--size', '0'], 'at least 1'),
+        (['cifar10', 'nowhere'], 'there is no nowhere'),
+        (['import', 'nowhere'], 'there is no nowhere'),
+        (['import', 'single', '--scale', '0'], 'above 0'),
+        (['import', 'single', '--scale', 'nan'], 'above 0'),
         (['shapes', '--out', 'empty'], 'exists already'),
         (['shapes', '--n', '1'], 'at least 2'),
         (['shapes', '--out', 'file/inside'], 'cannot write'),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from test_prepare import cifar_files, noise, random_moments, save_fast_dit, tar_of, zip_of
 from test_published import official
 from test_vae import write_safetensors
 
@@ -62,6 +63,15 @@ def desk(tmp_path_factory):
         Image.fromarray(rng.integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(
             desk / 'pictures' / 'one' / f'{k}.png'
         )
+    (desk / 'imagenet').mkdir()
+    (desk / 'imagenet' / 'train').symlink_to(desk / 'pictures')
+    tar_of(desk / 'cifar-10-python.tar.gz', cifar_files('py', 9)[0])
+    save_fast_dit(desk / 'fast-DiT' / 'features', random_moments()[0], np.zeros(40, int))
+    (desk / 'celeba').mkdir()
+    for k in range(2):
+        noise(rng, 218, 178, 3).save(desk / 'celeba' / f'{k}.jpg')
+    zip_of(desk / 'img_align_celeba.zip', desk / 'celeba')
+    (desk / 'list_attr_celeba.txt').write_text('2\nSmiling\n0.jpg 1\n1.jpg -1\n')
     Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(desk / 'photo.png')
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(desk / 'mask.png')
     torch.save(official('dit', 'S', g=8), desk / 'DiT-XL-2-256x256.pt')
@@ -85,6 +95,7 @@ def test_command(script, arguments, desk, tmp_path, monkeypatch):
     for entry in desk.iterdir():  # a desk of its own, for what it writes
         pathlib.Path(entry.name).symlink_to(entry)
     arguments = [word.replace('~', '.') for word in arguments] + SHORT[script]
+    arguments += ['--size', '8'] * (script == 'data' and '--vae' in arguments)
     arguments += ['--out', 'new.png' if script == 'sample' else 'new'] + ['--npz', 'new.npz'] * (
         '--npz' in arguments
     )
