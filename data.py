@@ -101,30 +101,37 @@ class Data:
     def __init__(self, path):
         self.path = pathlib.Path(path)
         make = 'make one with `python data.py shapes` or `python data.py folder SRC --out data`'
-        if not self.path.is_dir():
+        if not os.path.isdir(self.path):
             raise BadInput(f'there is no data folder {path}: {make}')
         try:
+            if os.path.getsize(self.path / 'meta.json') > 10 ** 7:
+                raise ValueError('meta.json has more than ten megabytes')
             meta = json.loads((self.path / 'meta.json').read_text())
-            self.array = np.load(self.path / 'data.npy', mmap_mode='r')     # numpy refuses pickles by default
-            self.labels = np.load(self.path / 'labels.npy')
+            self.array, self.labels = (np.lib.format.open_memmap(self.path / f'{name}.npy', mode='r')
+                                       for name in ('data', 'labels'))        # never a pickle
         except FileNotFoundError as error:
             lacks = os.path.basename(error.filename)
             raise BadInput(f'{path} is not a data folder, it has no {lacks}: {make}') from None
-        except (OSError, ValueError, EOFError, TypeError) as error:
-            raise BadInput(f'{path} has a file that is truncated or cannot be read: {error}') from None
+        except Exception as error:                                            # a broken file raises anything
+            why = ' '.join(str(error).split())[:200]
+            raise BadInput(f'{path} has a file that is truncated or cannot be read: {why}') from None
         self.kind = meta.get('kind') if isinstance(meta, dict) else None
-        if self.kind not in KINDS:
-            raise BadInput(f'{path}/meta.json says kind {self.kind!r}: expected one of {", ".join(KINDS)}')
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise BadInput(f'{path}/meta.json says kind {str(self.kind)[:50]!r}: expected one of '
+                           f'{", ".join(KINDS)}')
         self.classes, self.scale = meta.get('classes'), meta.get('scale', LATENT_SCALE)
-        if type(self.classes) is not int or self.classes < 0 or type(self.scale) not in (int, float):
-            raise BadInput(f'{path}/meta.json needs "classes", a number from 0 up, and "scale" is a number')
+        if type(self.classes) is not int or not 0 <= self.classes <= 1_000_000 \
+                or type(self.scale) not in (int, float) or not 0 < self.scale < 1e6:
+            raise BadInput(f'{path}/meta.json needs "classes", a number from 0 to a million, and "scale" is '
+                           f'one above 0 and below a million')
         self.class_names = meta.get('class_names') or [str(i) for i in range(self.classes)]
         self.vae, self.vae_sha256 = meta.get('vae'), meta.get('vae_sha256')
         if not all(value is None or isinstance(value, str) for value in (self.vae, self.vae_sha256)):
             raise BadInput(f'{path}/meta.json needs text in "vae" and "vae_sha256", a file and its hash')
 
         shape, dtype = self.array.shape, self.array.dtype
-        if len(shape) != 4 or shape[2] != shape[3] or dtype not in KINDS[self.kind]:
+        if len(shape) != 4 or shape[2] != shape[3] or not 0 < min(shape[1:]) <= max(shape[1:]) <= 10_000 \
+                or dtype not in KINDS[self.kind]:
             raise BadInput(f'{path}/data.npy holds {dtype} {shape}: {self.kind} are '
                            f'{" or ".join(KINDS[self.kind])} (N, C, H, H), with pictures as high as wide')
         if self.kind == 'moments' and shape[1] % 2:
@@ -142,8 +149,10 @@ class Data:
         if low < 0 or high >= max(self.classes, 1):
             raise BadInput(f'{path}/labels.npy holds labels from {low} to {high}, but meta.json says '
                            f'{self.classes} classes, so labels from 0 to {max(self.classes, 1) - 1}')
-        if not isinstance(self.class_names, list) or len(self.class_names) != self.classes:
+        if not isinstance(self.class_names, list) or len(self.class_names) != self.classes \
+                or not all(isinstance(name, str) and name.isprintable() for name in self.class_names):
             raise BadInput(f'{path}/meta.json must name {self.classes} classes in "class_names" or lack it')
+        self.labels = np.array(self.labels)                                   # now that its size is known
         self.held_out = min(1000, max(1, self.count // 50))
         self.trained = self.count - self.held_out
 

@@ -47,7 +47,6 @@ import sys
 import time
 import typing
 import zipfile
-import zlib
 
 import numpy as np
 import torch
@@ -365,6 +364,8 @@ def load_weights(path, sha256=None):
     TensorFlow's .pb: its names, shapes and types are checked, its numbers only if `sha256` is given.
     """
     try:
+        if os.path.getsize(path) > 4 * BYTES or pathlib.Path(path).is_char_device():
+            raise BadInput(f'{path} is too large for Inception, whose weights are {BYTES:,} bytes')
         content = pathlib.Path(path).read_bytes()
     except OSError as error:
         raise BadInput(f'cannot read the weights {path}: {error.strerror}') from None
@@ -377,14 +378,18 @@ def load_weights(path, sha256=None):
     net = Inception()
     expected = {name: value.shape for name, value in net.state_dict().items() if not name.endswith('tracked')}
     try:
+        if zipfile.is_zipfile(io.BytesIO(content)) and any(part.compress_type for part in
+                                                           zipfile.ZipFile(io.BytesIO(content)).infolist()):
+            raise BadInput('it is packed, and torch packs nothing: it may be made to fill the memory')
         state = (read_graph(memoryview(content), expected) if graph
                  else torch.load(io.BytesIO(content), map_location='cpu', weights_only=True))
-        state = {name: value.float() for name, value in state.items() if not name.endswith('tracked')}
+        state = {name: value for name, value in state.items() if not name.endswith('tracked')}
         odd = sorted(state.keys() ^ expected.keys())
         if odd:
             raise BadInput(f'not the 2015 Inception, {len(odd)} tensors are missing or too many: {odd[0]}')
         for name, shape in expected.items():
             check_shape(name, state[name].shape, shape)
+            state[name] = state[name].float()
     except BadInput as mistake:
         raise BadInput(f'{path}: {mistake}') from None
     except Exception as error:                                                # a broken file raises anything
@@ -589,6 +594,10 @@ class Side:
     sfid: Gaussian | None = None              # of the spatial features
 
 
+LARGEST = 4096                                # pixels a side
+UNPACKED = 200                                # times its size: as much as any pictures were ever packed
+
+
 def check_pixels(path, shape, dtype, some):
     """Refuse what is not uint8 (n, H, W, 3) with at least 2 images; `some` holds the first pixels."""
     if dtype.kind == 'f' and some.size:
@@ -596,23 +605,41 @@ def check_pixels(path, shape, dtype, some):
         how = '(x + 1) * 127.5' if low < 0 else 'x * 255' if high <= 1 else 'x'
         raise BadInput(f'{path} holds {dtype} from {low:g} to {high:g}, expected uint8 from 0 to 255: save '
                        f'`({how}).round().clip(0, 255).astype("uint8")`')
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:]:
-        raise BadInput(f'{path} holds {dtype} {tuple(shape)}, expected images uint8 (n, H, W, 3)')
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape[1:] or max(shape[1:]) > LARGEST:
+        raise BadInput(f'{path} holds {dtype} {tuple(shape)}, expected images uint8 (n, H, W, 3) of at most '
+                       f'{LARGEST} pixels a side')
     if shape[0] < 2:
         raise BadInput(f'{path} holds {shape[0]} images, expected at least 2 for a covariance')
 
 
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def read_header(archive, path, name, unpacked=math.inf):
+    """(shape, whether in Fortran order, dtype, where the numbers begin) of an array in an .npz, of which no
+    more is read: the header and the archive's directory may say anything, and must agree. What is packed may
+    have `unpacked` times the file's size."""
+    with archive.open(f'{name}.npy') as file:
+        shape, fortran, dtype = HEADERS[np.lib.format.read_magic(file)](file)
+        begin, part = file.tell(), archive.getinfo(f'{name}.npy')
+    if dtype.hasobject:
+        raise BadInput(f'{path} holds an object array {name}, expected numbers')
+    if part.file_size != begin + math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+        raise BadInput(f'{path} is cut short: {name} is smaller than its {dtype} {shape}')
+    if part.file_size > os.path.getsize(path) * (unpacked if part.compress_type else 1):
+        raise BadInput(f'{path} says that {name} has {part.file_size:,} bytes, which do not fit into its '
+                       f'{os.path.getsize(path):,}: it is damaged, or made to fill the memory')
+    return shape, fortran, dtype, begin
+
+
 def open_images(archive, path):
     """`arr_0` of an .npz, as (count, size, read). It streams: a reference of 512 pixels is 8 GB."""
-    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype, begin = read_header(archive, path, 'arr_0', UNPACKED)
+    row = math.prod(shape[1:]) * dtype.itemsize
     with archive.open('arr_0.npy') as file:
-        shape, fortran, dtype = headers[np.lib.format.read_magic(file)](file)
-        if dtype.hasobject:
-            raise BadInput(f'{path} holds an object array, expected uint8 (n, H, W, 3)')
-        begin, row = file.tell(), math.prod(shape[1:]) * dtype.itemsize
-        if archive.getinfo('arr_0.npy').file_size != begin + math.prod(shape) * dtype.itemsize:
-            raise BadInput(f'{path} is cut short: arr_0 is smaller than its {dtype} {shape}')
-        check_pixels(path, shape, dtype, np.frombuffer(file.read(8 * row), dtype))
+        file.seek(begin)
+        some = file.read(min(8 * row, dtype.itemsize << 20))                  # a row may claim to be huge
+        check_pixels(path, shape, dtype, np.frombuffer(some, dtype if some else 'u1'))
     if fortran:
         raise BadInput(f'{path} holds arr_0 in Fortran order: save `np.ascontiguousarray(images)`')
 
@@ -623,8 +650,8 @@ def open_images(archive, path):
                 for at in range(start, stop, step):
                     content = file.read(min(step, stop - at) * row)
                     yield np.frombuffer(content, np.uint8).reshape(-1, *shape[1:])
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise BadInput(f'{path} is damaged: {error}') from None
+        except Exception as error:                                            # a broken file raises anything
+            raise BadInput(f'{path} is damaged: {" ".join(str(error).split())[:200]}') from None
     return shape[0], shape[1:3], read
 
 
@@ -637,42 +664,51 @@ def open_npz(path):
             for name, mean, cov, D in (('fid', 'mu', 'sigma', 2048), ('sfid', 'mu_s', 'sigma_s', 2023)):
                 if mean not in arrays or cov not in arrays:
                     continue
-                mean, cov = arrays[mean], arrays[cov]
-                if mean.shape != (D,) or cov.shape != (D, D) or mean.dtype.kind + cov.dtype.kind != 'ff':
-                    raise BadInput(f'{path} holds {name} statistics of shape {mean.shape} and {cov.shape}, '
+                shapes, _, dtypes, _ = zip(*(read_header(archive, path, part) for part in (mean, cov)))
+                if shapes != ((D,), (D, D)) or [dtype.kind for dtype in dtypes] != ['f', 'f']:
+                    raise BadInput(f'{path} holds {name} statistics of shape {shapes[0]} and {shapes[1]}, '
                                    f'expected floats ({D},) and ({D}, {D}): those of another network?')
+                mean, cov = arrays[mean], arrays[cov]
                 if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
                     raise BadInput(f'{path} holds {name} statistics that are not finite numbers: remake them')
                 mean, cov = (torch.from_numpy(part.astype(np.float64)) for part in (mean, cov))
                 setattr(side, name, Gaussian(mean, cov))
                 side.stored = True
             if 'features' in arrays and 'weights' in arrays:                  # written by --save-stats
+                shape, _, dtype, _ = read_header(archive, path, 'features', 1)
+                if len(shape) != 2 or shape[0] < 2 or shape[1] != 2048 or dtype.kind != 'f' \
+                        or read_header(archive, path, 'weights', 1)[0] != ():
+                    raise BadInput(f'{path} has features {list(shape)} of {dtype}, expected floats [n, 2048]')
                 side.pool, side.weights = torch.from_numpy(arrays['features']).float(), str(arrays['weights'])
                 side.count = len(side.pool)
-                if side.count < 2 or side.pool.shape[1:] != (2048,) or not side.pool.isfinite().all():
-                    raise BadInput(f'{path} has features {list(side.pool.shape)}, expected [n, 2048], finite')
+                if not side.pool.isfinite().all():
+                    raise BadInput(f'{path} has features that are not finite numbers: remake them')
             elif 'arr_0' in arrays:
                 side.count, side.size, side.read = open_images(archive, path)
             elif not side.stored:
-                raise BadInput(f'{path} holds {", ".join(arrays) or "nothing"}, expected images arr_0, '
-                               f'or statistics mu and sigma')
+                raise BadInput(f'{path} holds {", ".join(list(arrays)[:9]) or "nothing"}, expected images '
+                               f'arr_0, or statistics mu and sigma')
     except BadInput:
         raise
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:                                                # a broken file raises anything
         raise BadInput(f'{path} cannot be read as an .npz file, it is cut short or of another kind: '
-                       f'{error}') from None
+                       f'{" ".join(str(error).split())[:200]}') from None
     return side
 
 
 def open_data(path):
     """A data folder: data.npy uint8 (n, C, H, W) and meta.json with the kind images."""
     try:
+        if os.path.getsize(pathlib.Path(path) / 'meta.json') > 10 ** 7:
+            raise ValueError('meta.json has more than ten megabytes')
         kind = json.loads((pathlib.Path(path) / 'meta.json').read_text()).get('kind')
-        array = np.load(pathlib.Path(path) / 'data.npy', mmap_mode='r')
-    except (OSError, ValueError, EOFError, AttributeError) as error:
-        raise BadInput(f'{path} is no readable data folder: {error}') from None
+        array = np.lib.format.open_memmap(pathlib.Path(path) / 'data.npy', mode='r')
+    except Exception as error:                                                # a broken file raises anything
+        why = ' '.join(str(error).split())[:200]
+        raise BadInput(f'{path} is no readable data folder: {why}') from None
     if kind != 'images':
-        raise BadInput(f'{path} is a data folder of {kind}, expected images: decode them first')
+        found = ' '.join(str(kind)[:50].split())
+        raise BadInput(f'{path} is a data folder of {found}, expected images: decode them first')
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise BadInput(f'{path}/data.npy holds {array.dtype} {array.shape}, expected uint8 (n, 1 or 3, H, W)')
     n, C, H, W = array.shape
@@ -711,6 +747,9 @@ def open_folder(path):
             if image.size[::-1] != side.size:
                 raise BadInput(f'{file} is {" x ".join(map(str, image.size))}, but {files[0]} is '
                                f'{" x ".join(map(str, side.size[::-1]))} pixels: expected a single size')
+            if max(image.size) > LARGEST:
+                raise BadInput(f'{file} is {" x ".join(map(str, image.size))} pixels: expected at most '
+                               f'{LARGEST} a side')
             if image.mode[0] in 'IF':
                 raise BadInput(f'{file} has more than 8 bits a channel ({image.mode}): expected 8')
             side.converted += image.mode != 'RGB'
@@ -733,9 +772,9 @@ def pixels(side):
 
 def open_side(path):
     path = pathlib.Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):                               # pathlib's raises where a name is too long
         return open_data(path) if (path / 'meta.json').exists() else open_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise BadInput(f'there is no {path}: expected an .npz file, a folder of pictures, or a data folder')
     return open_npz(path)
 
@@ -987,7 +1026,7 @@ def main(argv=None):
         raise BadInput('--sha256 belongs to --weights: the file of the hub cache is the published one')
     if args.save_stats and os.path.exists(args.save_stats):
         raise BadInput(f'{args.save_stats} exists already: remove it, or choose another --save-stats')
-    if args.save_stats and not pathlib.Path(args.save_stats).absolute().parent.is_dir():
+    if args.save_stats and not os.path.isdir(os.path.dirname(args.save_stats) or '.'):
         raise BadInput(f'cannot write {args.save_stats}: there is no such folder')
 
     # where am I
@@ -1017,6 +1056,9 @@ if __name__ == '__main__':
     except BadInput as mistake:
         print(f'fid.py: {mistake}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('fid.py: interrupted', file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

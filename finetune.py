@@ -98,6 +98,9 @@ if __name__ == '__main__':
     except (BadInput, data.BadInput) as mistake:
         print(f'finetune.py: {mistake}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:                                                 # before the first step
+        print('finetune.py: interrupted', file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -27,6 +27,9 @@ import argparse
 import copy
 import hashlib
 import math
+import os
+import pickle
+import reprlib
 import zipfile
 
 import torch
@@ -786,8 +789,13 @@ def read_checkpoint(path):
     `teacher`, `opt`. Published weights of MaskDiT, DiT and MDT are translated. Never runs code from the file.
     Raises BadInput with what is wrong."""
     try:
-        with zipfile.ZipFile(path) as archive:                              # torch.load sees no flipped byte;
-            broken = archive.testzip()                                        # the archive's CRC-32s do
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if any(part.compress_type for part in parts) \
+                    or sum(part.file_size for part in parts) > os.path.getsize(path):
+                raise BadInput(f'{path} unpacks to more than its size, and torch packs nothing: it is '
+                               f'damaged, or made to fill the memory')
+            broken = archive.testzip()           # torch.load sees no flipped byte; the archive's CRC-32s do
         if broken:
             raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
         with torch.serialization.safe_globals([argparse.Namespace]):       # DiT and MaskDiT keep their `args`
@@ -798,15 +806,65 @@ def read_checkpoint(path):
         raise BadInput(f'{path} cannot be read: {error.strerror or error}') from None
     except BadInput:
         raise
+    except pickle.UnpicklingError:
+        raise BadInput(f'{path} is no checkpoint, or damaged, or opening it would run code from the file: it '
+                       f'holds more than tensors and plain values') from None
     except Exception as error:                                         # what torch raises here has many types
         raise BadInput(f'{path} is not a checkpoint or is truncated ({type(error).__name__})') from None
-    if isinstance(state, dict) and {'ema', 'step', 'config'} <= state.keys():
-        return state
-    try:
-        return translate(state)
-    except BadInput as mistake:
-        raise BadInput(f'{path} is not a checkpoint of train.py or finetune.py, nor of another program '
-                       f'that is known here: {mistake}') from None
+    if not (isinstance(state, dict) and {'ema', 'step', 'config'} <= state.keys()):
+        try:
+            state = translate(state)
+        except Exception as error:                                            # strange tensors raise anything
+            why = error if isinstance(error, BadInput) else type(error).__name__
+            raise BadInput(f'{path} is not a checkpoint of train.py or finetune.py, nor of another program '
+                           f'that is known here: {why}') from None
+    wrong = mistaken(state['step'], state['config'])
+    if wrong:
+        raise BadInput(f'{path} is not a checkpoint that train.py or finetune.py wrote: its {wrong}')
+    return state
+
+
+SIGMA_DATA = 1e-3, 1e3                        # least and greatest
+
+
+def one_of(*words):
+    return lambda value: type(value) is str and value in words
+
+
+def whole(low, high):
+    return lambda value: type(value) is int and low <= value <= high
+
+
+CONFIG = {                                    # what all rely on; a file from elsewhere may say anything
+    'stage': one_of('train', 'tune'),
+    'method': one_of(*METHODS),
+    'model': lambda value: type(value) is str,
+    'diffusion': one_of('edm', 'ddpm'),
+    'data': lambda value: value is None or type(value) is str,
+    'resolution': whole(1, 10_000),
+    'channels': whole(1, 10_000),
+    'classes': whole(0, 1_000_000),
+    'class_names': lambda value: type(value) is list and all(map(str.isprintable, value)),
+    'sigma_data': lambda value: type(value) in (int, float) and SIGMA_DATA[0] <= value <= SIGMA_DATA[1],
+    'ema_step': whole(0, 2 ** 53),
+    'seed': whole(0, 2 ** 63 - 1)}
+
+
+def mistaken(step, cfg):
+    """What is wrong with a checkpoint's step and configuration, in words, or None."""
+    if not whole(0, 2 ** 53)(step) or not isinstance(cfg, dict):
+        return f'step is {reprlib.repr(step)} and its configuration a {type(cfg).__name__}'
+    for name, value in cfg.items():
+        words = type(value) is list and all(type(part) is str for part in value)
+        plain = words or value is None or type(value) in (str, int, float, bool)
+        if type(name) is not str or not plain or name in CONFIG and not CONFIG[name](value):
+            return f'configuration has {reprlib.repr(name)}: {reprlib.repr(value)}'
+    lacks = [name for name in CONFIG if name not in cfg and name != 'seed']   # published weights have no seed
+    if lacks:
+        return f'configuration does not say {lacks[0]}'
+    if len(cfg['class_names']) not in (0, cfg['classes']):
+        return f'configuration names {len(cfg["class_names"])} of {cfg["classes"]} classes'
+    return None
 
 
 def load_net(path, device='cpu'):
@@ -818,15 +876,36 @@ def load_net(path, device='cpu'):
 def build_net(state, path):
     """(net, cfg) with the EMA weights of what `read_checkpoint` gave. Raises BadInput if they do not fit."""
     cfg = state['config']
-    try:
-        net = Net(cfg)
-        net.load_state_dict(state['ema'])
-    except BadInput:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        first = str(error).splitlines()[-1].strip()[:200]
-        raise BadInput(f'{path} has weights that do not fit its own configuration: {first}') from None
+    (_, d, _), _, p = parse_size(cfg['model'])
+    largest = d * max((cfg['resolution'] // p) ** 2, p * p * cfg['channels'], cfg['classes'])
+    if 2 * largest > os.path.getsize(path):                               # before anything so large is made
+        raise BadInput(f'{path} has a configuration of {largest:,} numbers in one table alone, and '
+                       f'{os.path.getsize(path):,} bytes: it is damaged, or made to fill the memory')
+    net = Net(cfg)
+    for name in ('ema', 'model'):
+        wrong = differences(state[name], net.state_dict()) if name in state else None
+        if wrong:
+            raise BadInput(f'{path} has weights that do not fit its own configuration: of the tensors in '
+                           f'`{name}` there are {wrong}')
+    net.load_state_dict(state['ema'])
     return net, cfg
+
+
+def differences(found, wanted):
+    """How named tensors differ from those wanted, in words, or None."""
+    if not isinstance(found, dict):
+        return 'none at all'
+    lacks, more = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
+    odd = [k for k in wanted if k in found and not alike(found[k], wanted[k])]
+    return '; '.join(f'{len(keys)} {what}, such as {" ".join(str(keys[0])[:99].split())}' for what, keys in
+                     (('missing', lacks), ('too many', more), ('of other shapes', odd)) if keys) or None
+
+
+def alike(found, wanted):
+    """Whether `found` is a tensor of numbers in the shape of `wanted`, every one of them in the file."""
+    return (isinstance(found, torch.Tensor) and found.is_floating_point() and found.shape == wanted.shape
+            and found.layout == torch.strided and found.device.type in ('cpu', wanted.device.type)
+            and found.nbytes <= found.untyped_storage().nbytes())
 
 
 LONG_AGO = 1_000_000                          # the step of published weights: long past the EMA's warm-up
@@ -851,7 +930,8 @@ def translate(state):
     flat = state if isinstance(state, dict) else {}
     both = {name: flat[name] for name in ('ema', 'model') if isinstance(flat.get(name), dict)}
     both = both or {'ema': flat}                                              # or the weights alone
-    both = {name: {strip(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
+    both = {name: {strip(key): value for key, value in weights.items()
+                   if isinstance(key, str) and isinstance(value, torch.Tensor)}
             for name, weights in both.items()}
     weights = both.get('ema') or both.get('model') or {}
     if any(key.startswith('en_inblocks.') for key in weights):
@@ -867,14 +947,11 @@ def translate(state):
     with torch.device('meta'):
         wanted = Net(cfg).state_dict()
     for name, theirs in both.items():
-        ours = both[name] = to_our_names(theirs, cfg)
-        lacks, more = [k for k in wanted if k not in ours], [k for k in ours if k not in wanted]
-        shapes = [k for k in wanted if k in ours and ours[k].shape != wanted[k].shape]
-        if lacks or more or shapes:
-            differences = [f'{len(keys)} {what}, such as {keys[0]}' for what, keys in
-                           (('missing', lacks), ('too many', more), ('of other shapes', shapes)) if keys]
+        both[name] = to_our_names(theirs, cfg)
+        wrong = differences(both[name], wanted)
+        if wrong:
             raise BadInput(f'the nearest match is {cfg["method"]} {cfg["model"]}, but of the tensors there '
-                           f'are {"; ".join(differences)} (in the names of model.py)')
+                           f'are {wrong} (in the names of model.py)')
     both.setdefault('model', both.get('ema'))
     return {'model': both['model'], 'ema': both.get('ema', both['model']), 'step': LONG_AGO, 'config': cfg}
 

@@ -464,13 +464,16 @@ def read_losses(folder):
                 lines.append(json.loads(text))
         cfg = lines[0]['config']
         name = f'{cfg["method"]} {cfg["model"]}' + ', tuned' * (cfg['stage'] == 'tune')
-        trained = [(at['step'], at[part]) for at in lines for part in ON_CLEAN if part in at]
-        held_out = [(at['step'], np.mean(at['held_out'])) for at in lines if 'held_out' in at]
+        trained = [(at['step'], [at[part]]) for at in lines for part in ON_CLEAN if part in at]
+        held_out = [(at['step'], at['held_out']) for at in lines if 'held_out' in at]
+        trained, held_out = ([(int(step), float(np.mean(losses))) for step, losses in some
+                              if None not in losses] for some in (trained, held_out))    # null: not finite
     except OSError as problem:
         raise BadInput(f'{path} cannot be read, give the --out folders of runs: {problem.strerror}') from None
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError):
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
         raise BadInput(f'{path} is not the log of a run of train.py or finetune.py') from None
-    trained, held_out = ([point for point in some if math.isfinite(point[1])] for some in (trained, held_out))
+    trained, held_out = ([(step, loss) for step, loss in some if abs(loss) < 1e9 and 0 <= step < 1e12]
+                         for some in (trained, held_out))
     if not trained or not held_out:
         raise BadInput(f'{path} has no finite losses yet: let the run go on to its first --eval-every')
     return name, trained, held_out
@@ -536,14 +539,15 @@ def check(given):
         raise BadInput(f'{flag[mode]} {picture}: first comes the picture to write, a name that ends in .png')
     if mode in ('attention', 'curves') and not of:
         raise BadInput(f'{flag[mode]} needs something to draw: checkpoints, or the --out folders of runs')
-    if min(args.get('images', 1), args['dims'], args['masks'], args['seeds']) < 1:
-        raise BadInput('--images, --dims, --masks and --seeds must be at least 1')
+    if min(args.get('images', 1), args['dims'], args['masks'], args['seeds']) < 1 \
+            or max(args['masks'], args['seeds']) > 1000:
+        raise BadInput('--images, --dims, --masks and --seeds must be at least 1, the last two at most 1000')
     if args['masks'] * args['seeds'] < 2:
         raise BadInput('--masks times --seeds must be at least 2, or there is no deviation')
-    if not 0 < args['mask_ratio'] < 1 or not all(0 < sigma < math.inf for sigma in args['sigmas']):
-        raise BadInput('--mask-ratio must lie between 0 and 1, and --sigmas above 0')
+    if not 0 < args['mask_ratio'] < 1 or not all(1e-3 <= sigma <= 1e4 for sigma in args['sigmas']):
+        raise BadInput('--mask-ratio must lie between 0 and 1, and --sigmas from 0.001 to 10,000')
     for file in (f'{args["out"]}.csv', f'{args["out"]}.png') if mode == 'measure' else ():
-        if os.path.exists(file) or not pathlib.Path(file).parent.is_dir():
+        if os.path.exists(file) or not os.path.isdir(os.path.dirname(file) or '.'):
             raise BadInput(f'{file} exists already, or its folder does not: choose another --out')
     return mode, args | {'sigmas': sorted(set(args['sigmas']))}
 
@@ -626,3 +630,6 @@ if __name__ == '__main__':
     except (BadInput, model.BadInput) as mistake:
         print(f'mutual_info.py: {mistake}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('mutual_info.py: interrupted', file=sys.stderr)
+        sys.exit(130)

@@ -144,6 +144,11 @@ def inpainting(cfg, x0, known, noise, t, fill_steps):
     return look, hold
 
 
+def refuse_bomb(image):
+    if image.width * image.height > data.MAX_PIXELS:                          # none of which is read yet
+        raise ValueError(f'a decompression bomb of {image.width} x {image.height} pixels')
+
+
 def read_inpainting(args, cfg, vae=None):
     """(x0 (1, C, H, W), known (N,) bool) from --inpaint and --mask. Raises BadInput.
 
@@ -160,12 +165,14 @@ def read_inpainting(args, cfg, vae=None):
             x0 = torch.from_numpy(np.load(args.inpaint)).double()
         else:
             with Image.open(args.inpaint) as image:
+                refuse_bomb(image)
                 image = data.center_crop(image.convert('L' if C == 1 else 'RGB'), pixels)
             x0 = torch.from_numpy(np.array(image)).reshape(pixels, pixels, -1).permute(2, 0, 1)
             x0 = x0.double() / 127.5 - 1
             if vae:
                 x0 = latent_scale(cfg) * vae.encode(x0[None])[0, :C].double().cpu()
         with Image.open(args.mask) as mask:
+            refuse_bomb(mask)
             white = data.central_square(np.array(mask.convert('L')) > 127)
     except Exception as error:                                                # a broken file raises anything
         raise BadInput(f'--inpaint {args.inpaint} or --mask {args.mask} cannot be read: {error}') from None
@@ -344,9 +351,10 @@ def main(argv=None):
     allowed = args.classes or list(range(max(cfg['classes'], 1)))
     stem = pathlib.Path(args.checkpoint)
     grid = args.out or str(stem.with_name(stem.stem + '-samples.png'))
+    if not 1 <= args.n <= 10 ** 7 or args.batch < 1 or args.seed < 0 or args.steps > 10 ** 4:
+        raise BadInput('--n goes from 1 to ten millions, --batch is at least 1, --seed at least 0, --steps '
+                       'at most 10,000')
     noise_levels(args.steps)
-    if args.n < 1 or args.batch < 1 or args.seed < 0:
-        raise BadInput('--n and --batch must be at least 1, --seed at least 0')
     if args.classes and not all(0 <= k < cfg['classes'] for k in args.classes):
         known = f'the classes 0 to {cfg["classes"] - 1}' if cfg['classes'] else 'no classes'
         raise BadInput(f'--class {args.classes}: this network knows {known}')
@@ -355,8 +363,9 @@ def main(argv=None):
     if args.cfg == 1 and (args.cfg_interval or args.cfg_power):
         raise BadInput('--cfg-interval and --cfg-power plan guidance, and --cfg 1 is none: type its weight')
     low, high = args.cfg_interval or (0, 1)
-    if args.cfg_power is not None and args.cfg_power <= 0 or not low < high:
-        raise BadInput('--cfg-power must be above 0, --cfg-interval a low and a high noise level')
+    power = 1 if args.cfg_power is None else args.cfg_power
+    if not 0 < power < math.inf or not low < high or not math.isfinite(args.cfg):
+        raise BadInput('--cfg must be finite, --cfg-power above 0, --cfg-interval a low and a high level')
     if bool(args.inpaint) != bool(args.mask):
         raise BadInput('--inpaint and --mask go together: a picture, and what of it is made anew')
     if args.inpaint and args.S_churn:
@@ -465,6 +474,9 @@ if __name__ == '__main__':
     except (BadInput, model.BadInput) as mistake:
         print(f'sample.py: {mistake}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('sample.py: interrupted', file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -24,7 +24,6 @@ import copy
 import datetime
 import errno
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -126,8 +125,9 @@ def configuration(args, dataset):
     if cfg.get('teacher_encoder') and not cfg['lambda_con1'] and not cfg['lambda_con2']:
         raise BadInput('--teacher-encoder means nothing without a branch: --lambda-con1 or --lambda-con2')
     lambdas = [cfg.get(name, 0) for name in ('lambda_noise', 'lambda_con1', 'lambda_con2')]
-    if not all(0 <= value < math.inf for value in lambdas) or not 0 < args.sigma_data < math.inf:
-        raise BadInput('the --lambda weights must be at least 0, and --sigma-data above 0')
+    low, high = model.SIGMA_DATA
+    if not all(0 <= value < math.inf for value in lambdas) or not low <= args.sigma_data <= high:
+        raise BadInput(f'the --lambda weights must be at least 0, and --sigma-data from {low} to {high:g}')
     classes = given.get('classes', dataset.classes)
     if classes not in (0, dataset.classes):
         raise BadInput(f'--classes {classes}: {args.data} has {dataset.classes} classes; 0 ignores them')
@@ -196,6 +196,8 @@ def newest_checkpoint(out, cfg):
             state = model.read_checkpoint(path)
             if 'opt' not in state:
                 raise BadInput(f'{path} holds the EMA weights alone')
+            if state['step'] != int(path.stem):
+                raise BadInput(f'{path} holds step {state["step"]}')
         except BadInput as mistake:
             print(f'passed over: {mistake}')
             continue
@@ -362,10 +364,12 @@ def heed_signals(world, minutes):
 
 def read_log(out):
     """The lines of `out`/log.jsonl as dictionaries; a last line that a kill cut short is left out."""
-    lines = []
-    for line in (out / 'log.jsonl').read_text().splitlines() if (out / 'log.jsonl').exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
+    lines, path = [], out / 'log.jsonl'
+    for text in path.read_text('utf-8', errors='replace').splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get('step', 0), int):
+                lines.append(line)
     return lines
 
 
@@ -450,9 +454,12 @@ def check(args, cfg, world):
         model.visible_count(net.grid ** 2, cfg['mask_ratio'])
     share = world * args.accumulate
     if min(args.batch, args.accumulate, args.steps, args.log_every, args.eval_every, args.save_every) < 1 \
-            or min(args.preview, args.keep_every, cfg['seed']) < 0 or not 0 < args.timeout < math.inf:
+            or min(args.preview, args.keep_every, cfg['seed']) < 0 or not 0 < args.timeout < 1e6:
         raise BadInput('--steps, --batch, --accumulate, --log-every, --eval-every and --save-every must be '
                        'at least 1, --preview, --keep-every and --seed at least 0, --timeout above 0')
+    if args.steps > 10 ** 9 or args.batch > 10 ** 6 or args.preview > 1000 or cfg['seed'] >= 2 ** 63:
+        raise BadInput('--steps goes to a thousand millions, --batch to a million, --preview to 1,000 and '
+                       '--seed to 2^63 - 1')
     if args.batch % share:
         raise BadInput(f'--batch {args.batch} cannot be shared by {world} processes times --accumulate '
                        f'{args.accumulate}: type a multiple of {share}, such as '
@@ -530,14 +537,24 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
         dist.broadcast(step, 0)
     step = step.item()
     if step:
-        state = state or model.read_checkpoint(out / f'{step:07d}.pt')
-        net.load_state_dict(state['model'])
-        ema.load_state_dict(state['ema'])
-        if teacher is not None:
-            teacher.load_state_dict(state['teacher'])
-        optimizer.load_state_dict(state['opt'])
-        if loss_scale is not None and state['loss_scale'] is not None:
-            loss_scale.copy_(state['loss_scale'])
+        path = out / f'{step:07d}.pt'
+        state = state or model.read_checkpoint(path)
+        try:
+            net.load_state_dict(state['model'])
+            ema.load_state_dict(state['ema'])
+            if teacher is not None:
+                teacher.load_state_dict(state['teacher'])
+            moments = state['opt']['state']
+            optimizer.load_state_dict(optimizer.state_dict() | {'state': moments})
+            if not all(moments[i][name].shape == p.shape and moments[i]['step'].shape == ()
+                       for i, p in enumerate(trained) for name in ('exp_avg', 'exp_avg_sq')):
+                raise ValueError('AdamW moments of other shapes')
+            if loss_scale is not None and state['loss_scale'] is not None:
+                loss_scale.copy_(state['loss_scale'])
+        except Exception as error:                                            # a strange file raises anything
+            why = str(error).strip().splitlines()[-1:]
+            raise BadInput(f'{path} does not fit its own configuration ({type(error).__name__}: '
+                           f'{"".join(why).strip()[:200]}): remove it to go on from the one before') from None
     del state
     net.checkpoint_blocks = args.checkpoint_blocks
     if args.compile:
@@ -643,7 +660,7 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
         now_and_then(0)                                                       # tuning: before and after
     history, in_a_row, owed = [], 0, False
     shares = [slice(first, first + micro) for first in range(rank * micro, args.batch, world * micro)]
-    batches = read_ahead(read, itertools.product(range(step, args.steps), shares))
+    batches = read_ahead(read, ((at, rows) for at in range(step, args.steps) for rows in shares))
     clock = time.perf_counter()
     bar = tqdm(range(step, args.steps), initial=step, total=args.steps, disable=rank > 0 or None, unit='step')
     for step in bar:
@@ -737,6 +754,9 @@ if __name__ == '__main__':
     except (BadInput, data.BadInput) as mistake:
         print(f'train.py: {mistake}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:                                                 # before the first step
+        print('train.py: interrupted', file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

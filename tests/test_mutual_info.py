@@ -463,7 +463,7 @@ def place(checkpoint, shapes, tmp_path, monkeypatch):
     checkpoint('x.pt')
     checkpoint('big.pt', resolution=16)
     checkpoint('four.pt', channels=4)
-    checkpoint('c.pt', classes=3)
+    checkpoint('c.pt', classes=3, class_names=list('abc'))
     checkpoint('free.pt', classes=0, class_names=[])
     checkpoint('nan.pt', 'dit')
     state = torch.load('nan.pt', weights_only=True)
@@ -508,7 +508,7 @@ def place(checkpoint, shapes, tmp_path, monkeypatch):
     (['--data', 'shapes8', '--mask-ratio', '1'], 'between 0 and 1'),
     (['--data', 'shapes8', '--mask-ratio', '0.99'], 'leaves none'),
     (['--data', 'shapes8', '--mask-ratio', '1e-12'], 'masks none'),
-    (['--data', 'shapes8', '--sigmas', '0'], 'above 0'),
+    (['--data', 'shapes8', '--sigmas', '0'], 'from 0.001'),
     (['--data', 'shapes8', '--dims', '0'], 'at least 1'),
     (['--data', 'shapes8', '--masks', '1', '--seeds', '1'], 'at least 2'),
     (['--data', 'shapes8', '--out', 'there'], 'there.csv exists already'),
