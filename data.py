@@ -393,8 +393,13 @@ def read_vae(path, device='cpu'):
 def read_torch(path):
     """The dictionary in a file of torch.save, of which no code is run. Raises BadInput."""
     try:
-        with zipfile.ZipFile(path) as archive:                              # torch.load sees no flipped byte;
-            broken = archive.testzip()                                        # the archive's CRC-32s do
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+            if any(part.compress_type for part in parts) \
+                    or sum(part.file_size for part in parts) > os.path.getsize(path):
+                raise BadInput(f'{path} unpacks to more than its size, and torch packs nothing: it is '
+                               f'damaged, or made to fill the memory')
+            broken = archive.testzip()           # torch.load sees no flipped byte; the archive's CRC-32s do
         if broken:
             raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
@@ -785,6 +790,7 @@ def as_it_is(image, size):
 def to_rgb(image):
     """(RGB picture, what had to be done to it as a list of words)."""
     done = ['of several frames: the first is taken'] * getattr(image, 'is_animated', False)
+    image.load()                       # or getexif would, and what it swallows would be a picture with holes
     try:
         turn = UPRIGHT.get(image.getexif().get(274))
     except Exception:                                                         # broken EXIF costs no picture
@@ -1405,7 +1411,7 @@ def place_of(archive, name):
         raise BadInput(f'{archive.filename} is compressed: type `python -m zipfile -e {archive.filename} '
                        f'FOLDER` and import what is in FOLDER')
     with open(archive.filename, 'rb') as file:
-        file.seek(member.header_offset)
+        file.seek(max(member.header_offset, 0))                               # a lying directory goes below
         head = file.read(30)
     if len(head) < 30 or head[:4] != b'PK\3\4':
         raise BadInput(f'{archive.filename} has no member where it says that {printable(name)} is')
@@ -1501,7 +1507,7 @@ def find_layout(look, layout):
 def make_import(source, out, layout, scale, workers, seed=0):
     """Copy what another repository has prepared; see the docstring of this file. Raises BadInput."""
     path = pathlib.Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         raise BadInput(f'there is no {source}')
     if path.is_dir() or path.suffix == '.zip':
         names, opened = open_tree(source)
@@ -1630,8 +1636,9 @@ def main(argv=None):
     args = parse(argv)
     if min(getattr(args, name, 1) for name in ('size', 'workers')) < 1 or getattr(args, 'n', 2) < 2:
         raise BadInput('--size and --workers must be at least 1, --n at least 2')
-    if getattr(args, 'scale', None) is not None and not 0 < args.scale < math.inf:
-        raise BadInput('--scale must be above 0')
+    scale = getattr(args, 'scale', None)
+    if getattr(args, 'seed', 0) < 0 or scale is not None and not 0 < scale < 1e6:
+        raise BadInput('--seed must be at least 0, --scale above 0 and below a million')
     rank, world, _ = where_am_i()
     if from_first(lambda: already_there(args.out), rank, world):
         return

@@ -33,6 +33,18 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
 
 
+RUNS = ('test_train', 'test_survive', 'test_readme')                          # of scripts, not of equations
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_prototypes(request):
+    """SD-DiT's head has 64 prototypes, not 8192, where whole runs are tested: it is most of such a network."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ in RUNS:
+            patch.setattr(model, 'PROTOTYPES', 64)
+        yield
+
+
 def config(method='mcdit', **changes):
     """A configuration as train.py makes it: T/2 on 3 x 8 x 8 pictures, so N = 16 tokens."""
     return (

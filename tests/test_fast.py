@@ -338,6 +338,7 @@ def test_checkpointed_blocks_keep_their_input_alone():
 # ------------------------------------------------------------------------------------------- the benchmark
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_what_it_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, 'SAMPLING_STEPS', 3)
     flags = ['--model', 'T/2', '--batch', '1', '--rounds', '3', '--no-compile', '--json', str(tmp_path / 'a')]

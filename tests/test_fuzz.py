@@ -715,7 +715,7 @@ def harmful(state):
         'inside.pt': (packed(('1/data.pkl', pickled({'ema': Payload()}), stored, None),
                              ('1/version', b'3', stored, None)), reads[:1]),
         'bomb.pt': (packed(('1/data.pkl', bomb, deflated, GB4), ('1/version', b'3', stored, None)),
-                    reads[:1]),
+                    reads[:1] + vae),
         'lies.pt': (packed(('1/data.pkl', b'x', stored, GB4)), reads[:1]),
         'promise.pt': (packed(('1/data.pkl', pickled({'ema': {'x': Promise()}, 'step': 1, 'config': cfg},
                                                      WithStorages), stored, None),

@@ -285,6 +285,10 @@ def test_what_is_no_picture_has_a_reason(tmp_path):
     whole = io.BytesIO()
     noise(np.random.default_rng(0), 40, 40, 3).save(whole, 'JPEG')
     (tmp_path / 'half.jpg').write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    noise(np.random.default_rng(0), 40, 40, 3).save(tmp_path / 'flipped.png')
+    content = bytearray((tmp_path / 'flipped.png').read_bytes())
+    content[len(content) // 2] ^= 255  # no pixel of what lies behind it can be read
+    (tmp_path / 'flipped.png').write_bytes(content)
     (tmp_path / 'text.png').write_text('no picture')
     (tmp_path / 'script.png').write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n')
     (tmp_path / 'empty.png').write_bytes(b'')
@@ -293,6 +297,7 @@ def test_what_is_no_picture_has_a_reason(tmp_path):
     assert reasons.pop('bomb.png') == 'a decompression bomb: 144,000,000 pixels'
     assert reasons.pop('larger.png').startswith('a decompression bomb: ')
     assert 'image file is truncated' in reasons.pop('half.jpg')
+    assert 'damaged or not to be read' in reasons.pop('flipped.png')
     assert reasons.pop('nowhere.png') == 'damaged or not to be read: No such file or directory'
     assert all(reason.startswith('not a picture: ') for reason in reasons.values()) and len(reasons) == 3
 

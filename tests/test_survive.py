@@ -103,14 +103,17 @@ def test_stopped_after_any_step(moments, tmp_path, monkeypatch, stop):
     assert same_runs(tmp_path / 'whole', tmp_path / 'parts', 8)
 
 
-@pytest.fixture(scope='module')
-def crowd(shapes, moments, tmp_path_factory):
+CROWDS = [['sddit', 'mcdit'], pytest.param(['dit', 'maskdit', 'mdt', 'mcdit'], marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope='module', params=CROWDS, ids=['some', 'others'])
+def crowd(shapes, moments, tmp_path_factory, request):
     """A folder of runs that two processes made, one after the other in one group; see the tests that ask."""
     folder = tmp_path_factory.mktemp('crowd')
     flags = ['--steps', '6', '--lr-decay', '0.5', '--save-every', '2']
     first = run(shapes, folder / 'first', '--steps', '2')
     commands = {
-        name: ['train', *TINY, '--data', str(shapes), '--method', name, *flags] for name in model.METHODS
+        name: ['train', *TINY, '--data', str(shapes), '--method', name, *flags] for name in request.param
     }
     commands['accumulated'] = [*commands['mcdit'], '--accumulate', '2']
     commands['moments'] = ['train', *TINY, '--data', str(moments), '--model', 'T/2', *flags]
@@ -142,7 +145,7 @@ def crowd(shapes, moments, tmp_path_factory):
 
 def test_all_replicas_are_equal_to_the_bit(crowd):
     spread = json.loads((crowd[0] / 'spread.json').read_text())
-    assert len(spread) > 20 and all(run['modules'] >= 2 and run['difference'] == 0 for run in spread)
+    assert len(spread) >= 19 and all(run['modules'] >= 2 and run['difference'] == 0 for run in spread)
 
 
 def test_two_processes_resume_bit_equal(crowd):
