@@ -31,14 +31,13 @@ def real(size, count, seed):
     return torch.from_numpy(data.draw_shapes(labels, size, rng)) / 127.5 - 1, torch.from_numpy(labels)
 
 
-def train_judge(size):
-    """(classifier, its accuracy on unseen real shapes)."""
-    torch.manual_seed(0)
+def network():
+    """The classifier, untrained: images (n, 3, H, W) -> logits."""
 
     def layer(n, m):
         return nn.Sequential(nn.Conv2d(n, m, 3, padding=1), nn.BatchNorm2d(m), nn.ReLU(), nn.MaxPool2d(2))
 
-    judge = nn.Sequential(
+    return nn.Sequential(
         layer(3, 32),
         layer(32, 64),
         layer(64, 128),
@@ -46,6 +45,12 @@ def train_judge(size):
         nn.Flatten(),
         nn.Linear(512, len(data.SHAPES)),
     )
+
+
+def train_judge(size):
+    """(classifier, its accuracy on unseen real shapes)."""
+    torch.manual_seed(0)
+    judge = network()
     x, y = real(size, TRAIN, TRAIN_SEED)
     epochs, batch = 4, 100
     steps = epochs * TRAIN // batch
@@ -64,6 +69,12 @@ def train_judge(size):
 @torch.no_grad()
 def verdicts(judge, x):
     return torch.cat([judge(part).argmax(1) for part in x.split(500)])
+
+
+@torch.no_grad()
+def features(judge, x):
+    """What the last layer decides by: (n, 512), nothing of Inception."""
+    return torch.cat([judge[:-1](part) for part in x.split(500)])
 
 
 def main():

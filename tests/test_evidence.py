@@ -1,0 +1,266 @@
+"""evidence.py: readings are what they say, the plan is in order, tables hold the numbers they were given."""
+
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, config, draws, images
+
+import evidence
+import judge
+import model
+
+QUICK = evidence.SETTINGS['quick']
+
+
+# ------------------------------------------------------------------------------------------ other readings
+
+@pytest.fixture(scope='module')
+def made():
+    cfg = config()
+    net, teacher = build(cfg)
+    x, y = images(cfg)
+    return cfg, net, teacher, x, y, draws(cfg)
+
+
+def test_unturned_the_second_writing_is_the_first(made):
+    cfg, net, teacher, x, y, some = made
+    ours, theirs = (loss(net, teacher, x, y, some, cfg) for loss in (evidence.mcdit_loss, model.mcdit_loss))
+    assert abs(ours[0] - theirs[0]) < 1e-12
+    assert all(abs(value - theirs[1][name]) < 1e-12 for name, value in ours[1].items())
+    ours, theirs = (student(net, x, y, some, cfg, (1.0, 1.0))
+                    for student in (evidence.student, model.mcdit_student))
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[2], theirs[2])
+
+
+def test_skip_adds_the_noise_at_masked_slots_alone(made):
+    cfg, net, _, x, y, some = made
+    D, _, xt, _, (visible, masked) = evidence.student(net, x, y, some, cfg, (1.0, 1.0))
+    turned = evidence.student(net, x, y, some, cfg, (1.0, 1.0), skip=True)[0]
+    c_skip = model.precondition(some['sigma'], cfg['sigma_data'])[0]
+    change, noise = (model.patchify(part, 2) for part in (turned - D, c_skip * (xt - x)))
+    assert model.take(change, visible).abs().max() == 0
+    assert (model.take(change - noise, masked)).abs().max() < 1e-12 < model.take(noise, masked).abs().max()
+
+
+def test_scale_is_c_in_for_both_uses_of_clean_patches(made, monkeypatch):
+    cfg, net, teacher, x, y, some = made
+    seen = []
+    hooks = [embed.register_forward_hook(lambda layer, inputs, out: seen.append(inputs[0]))
+             for embed in (net.fill_embed, teacher.fill_embed)]
+    monkeypatch.setattr(model, 'mcdit_student', lambda *a: evidence.student(*a, scale=True))
+    evidence.mcdit_loss(net, teacher, x, y, some, cfg, scale=True)
+    for hook in hooks:
+        hook.remove()
+    expected = model.patchify(x / (some['sigma'] ** 2 + 0.25).sqrt().view(-1, 1, 1, 1), 2)
+    assert len(seen) == 3 and all((some - expected).abs().max() < 1e-12 for some in (seen[0], seen[2]))
+
+
+def test_normalised_changes_the_noise_term_alone(made):
+    cfg, net, teacher, x, y, some = made
+    (raw, before), (turned, after) = (evidence.mcdit_loss(net, teacher, x, y, some, cfg, normalised=flag)
+                                      for flag in (False, True))
+    D, _, xt, _, (_, masked) = evidence.student(net, x, y, some, cfg, (1.0, 1.0))
+    patches = model.patchify(xt, 2)
+    target = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    expected = model.take((model.patchify(D, 2) - target) ** 2, masked).mean()
+    assert abs(after['noise'] - expected) < 1e-12
+    assert abs(turned - raw - 0.1 * (expected - before['noise'])) < 1e-12
+    assert all(after[name] == before[name] for name in ('clean', 'con1', 'con2'))
+
+
+def test_a_zero_bridge_and_a_narrow_head(monkeypatch):
+    for name in ('PROTOTYPES', 'initialise', 'mcdit_student'):
+        monkeypatch.setattr(model, name, getattr(model, name))
+    monkeypatch.setattr(model.Head, '__init__', model.Head.__init__)
+    monkeypatch.setattr(evidence.train, 'EVAL_SIGMAS', [1.0, 2.0])
+    monkeypatch.setitem(model.METHODS, 'mcdit', dict(model.METHODS['mcdit']))
+    evidence.prepare('zero bridge')
+    net = model.Net(config())
+    assert net.bridge.linear.weight.abs().max() == 0 < net.fill_embed.weight.abs().max()
+    assert model.Net(config('dit')).bridge is None
+    net, teacher = build(config('sddit'))
+    x, y = images(config('sddit'))
+    logits = net(x, torch.zeros(4).double(), y, torch.arange(12).repeat(4, 1), model.patchify(x, 2))[2]
+    assert logits.shape == (4, 13, evidence.PROTOTYPES) and teacher.centers.shape == (2, evidence.PROTOTYPES)
+    assert evidence.train.EVAL_SIGMAS == evidence.SIGMAS
+
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+def test_the_plan_is_in_order(tmp_path):
+    units = evidence.plan(tmp_path, QUICK, list(evidence.QUESTIONS), [0, 1])
+    finished = set()
+    for unit in units:
+        assert set(unit['needs']) <= finished                                 # nothing waits for a later unit
+        lengths = [stage[1:] for stage in unit['stages'].values()]
+        assert lengths == sorted(lengths)                                     # long ones go on from short
+        trained = set()
+        for folder, (kind, M, T) in unit['stages'].items():
+            trained |= {(M, T)} if kind != 'sample' else set()
+            assert kind not in ('tune', 'sample') or {(M, 0), (M, T)} <= trained
+        finished |= set(unit['stages'])
+    seeds = [unit['seed'] for unit in units if unit['seed'] is not None]
+    assert seeds == sorted(seeds) and {unit['run'] for unit in units} >= set(evidence.RUNS)
+    everything = [folder for unit in units for folder in unit['stages']]
+    assert len(set(everything)) < len(everything)                             # questions share stages
+
+
+def test_a_folder_is_a_configuration(tmp_path):
+    def folder(run='mcdit', seed=0, **changes):
+        return evidence.folder_of(tmp_path, QUICK | changes, run, seed, 'sample', 4, 2)
+    others = [folder(run) for run in evidence.RUNS] + [folder(seed=1), folder(lr=1.0), folder(samples=21),
+                                                       folder(real=61)]
+    assert len(set(others)) == len(others) and folder() == folder()
+    # the length of a training is no part of the run's name: a longer one goes on from a shorter
+    assert folder(masked=5).parent == folder().parent
+    assert evidence.judge_of(tmp_path, QUICK) != evidence.judge_of(tmp_path, QUICK | {'real': 61})
+
+
+def test_equal_time_is_in_steps():
+    assert evidence.stages(QUICK | {'masked': 100}, 'mdt', 'time', 'short_tune') == [
+        ('train', 65, 0), ('tune', 65, 2), ('sample', 65, 2)]
+    assert evidence.stages(QUICK, 'dit', 'masked', None) == [('train', 4, 0), ('sample', 4, 0)]
+
+
+def test_claims_name_rows_that_exist():
+    for _, _, question, metric, published in evidence.CLAIMS:
+        labels = [label for label, *_ in evidence.QUESTIONS[question][2]]
+        assert set(published) <= set(labels) and len(set(labels)) == len(labels)
+        assert metric in evidence.COMPARED
+        numbers = [number for number in published.values() if number]
+        assert numbers == sorted(numbers)                                     # the best first
+
+
+def test_what_is_finished_is_not_repeated_and_what_cannot_start_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence.subprocess, 'Popen', None)                   # nothing may be started
+    units = evidence.plan(tmp_path, QUICK, ['targets'], [0])
+    folders = [folder for unit in units for folder in unit['stages']]
+    assert set(evidence.carry_out(tmp_path, 'quick', units, 2, deadline=0)) == set(folders)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'result.json').write_text('{"a": 1}')
+    assert evidence.carry_out(tmp_path, 'quick', units, 2, deadline=math.inf) == {}
+    (folders[0] / 'result.json').write_text('{"a": 1')                        # never left by `write`
+    with pytest.raises(json.JSONDecodeError):
+        evidence.result_of(folders[0])
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+def test_mean_and_deviation():
+    assert evidence.summary([1.0, 2.0, None, 6.0]) == (3.0, math.sqrt(7.0), 3)
+    assert evidence.summary([2.5]) == (2.5, None, 1) and evidence.summary([None]) == (None, None, 0)
+    assert [evidence.cell(values) for values in ([1, 2, 6], [2.5, None], [])] == ['3.00 ± 2.65', '2.50', '-']
+
+
+def fill(out, settings, question, frechet):
+    """Results of every stage of a question, made up: `frechet` {label: a number for each seed}."""
+    for label, run, *how in evidence.QUESTIONS[question][2]:
+        for seed, value in enumerate(frechet.get(label, ())):
+            for kind, M, T in evidence.stages(settings, run, *how):
+                folder = evidence.folder_of(out, settings, run, seed, kind, M, T)
+                folder.mkdir(parents=True, exist_ok=True)
+                levels = [seed + j for j in range(6)]
+                result = {'train': {'on_clean': 0.5, 'curve': [{'step': M, 'held_out': levels,
+                                                                'collapse_encoder': levels}]},
+                          'tune': {'before': levels, 'after': [level / 2 for level in levels]},
+                          'sample': {'fidelity': 0.5 + seed / 4, 'frechet': value, 'precision': 0.1,
+                                     'recall': 0.2}}
+                (folder / 'result.json').write_text(json.dumps(result[kind]))
+
+
+JUDGE = {'accuracy': 1.0, 'real shapes': {'fidelity': 1.0, 'frechet': 0.5, 'precision': 0.9, 'recall': 0.8}}
+
+
+def test_tables_hold_the_numbers_they_were_given(tmp_path):
+    fill(tmp_path, QUICK, 'targets',
+         {'clean and noise': (1, 2, 3), 'only clean': (2, 3, 2.5), 'all clean': (3, 2.5)})
+    evidence.judge_of(tmp_path, QUICK).mkdir()
+    (evidence.judge_of(tmp_path, QUICK) / 'result.json').write_text(json.dumps(JUDGE))
+    lines = evidence.report(tmp_path, QUICK, ['targets'], [0, 1, 2], {tmp_path / 'a' / 'b': 'no time left'})
+    row = '| clean and noise | 3 | 4 + 2 | 2.00 ± 1.00 | 1.00 ± 0.50 | 3.50 ± 1.00 | 1.75 ± 0.50 | ' \
+        '0.75 ± 0.25 | 2.00 ± 1.00 | 0.10 ± 0.00 | 0.20 ± 0.00 |'
+    assert row in lines
+    assert '| real shapes, 20 more |  |  |  |  |  |  | 1.00 | 0.50 | 0.90 | 0.80 |' in lines
+    assert '| main branch | 4 + 2 | ' + ' | '.join(f'{j / 2:.2f} ± 0.50' for j in range(1, 7)) + ' |' in lines
+    claim, = (line for line in lines if line.startswith('| noise as a target helps'))
+    assert claim.endswith(
+        'clean and noise 2.00 ± 1.00, only clean 2.50 ± 0.50, all clean 2.75 ± 0.35 | 1 of 2 |')
+    assert '- a/b: no time left' in lines
+    assert (tmp_path / 'evidence.md').read_text().splitlines() == lines
+    written = json.loads((tmp_path / 'evidence.json').read_text())
+    values = [seed['frechet'] for seed in written['questions']['targets'][2]['seeds'].values()]
+    assert values == [1, 2, 3] and statistics.stdev(values) == 1
+    assert written['missing'] == {'a/b': 'no time left'}
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ('curves.png', 'samples.png'))
+
+
+def test_a_claim_holds_only_in_the_papers_order(tmp_path):
+    fill(tmp_path, QUICK, 'ratio', {'0.25': (2, 1), '0.5': (1, 2), '0.75': (3, 1.5)})
+    collected = evidence.collect(tmp_path, QUICK, ['ratio'], [0, 1])
+    lines = [line for claim in evidence.CLAIMS if (line := evidence.verdict(claim, collected))]
+    (*_, paper, _, _, held), = lines
+    assert (paper, held) == ('a picture', '1 of 2')                           # 0.5 is to be the best, no more
+
+
+def test_judge_features_decide():
+    torch.manual_seed(0)
+    some = judge.network().eval()
+    x = torch.randn(7, 3, 16, 16)
+    features = judge.features(some, x)
+    assert features.shape == (7, 512) and torch.equal(some[-1](features), some(x))
+
+
+def test_real_shapes_are_near_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, 'TRAIN', 300)
+    monkeypatch.setattr(judge, 'TEST', 100)
+    result = evidence.run_judge(tmp_path, QUICK, 'judge', None, 0, 0, tmp_path)
+    x, y = judge.real(8, QUICK['real'], 1003)                                 # the reference itself
+    same = evidence.judged(tmp_path, evidence.data.to_uint8(x), y)
+    assert same['frechet'] < 1e-6 * result['real shapes']['frechet']
+    assert same['precision'] == same['recall'] == 1
+
+
+def test_mistakes_are_sentences(tmp_path):
+    with pytest.raises(model.BadInput, match='--jobs must be at least 1'):
+        evidence.main(['--quick', '--out', str(tmp_path), '--jobs', '0'])
+    if not torch.cuda.is_available():
+        with pytest.raises(model.BadInput, match='torch sees no GPU'):
+            evidence.main(['--gpu', '--out', str(tmp_path)])
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+
+@pytest.mark.slow
+def test_from_nothing_to_tables(tmp_path, capsys):
+    command = ['--quick', '--out', str(tmp_path), '--only', 'targets', 'readings', '--seeds', '0']
+    spoilt = evidence.folder_of(tmp_path, QUICK, 'scale', 0, 'train', 4, 0)
+    spoilt.mkdir(parents=True)
+    (spoilt / '0000002.pt').write_bytes(b'no checkpoint')
+    assert evidence.main(command) == 1
+    told = capsys.readouterr().out
+    assert 'scale, seed 0 failed: train-4: none of the 1 checkpoints' in told
+    assert '## Not run: 3 stages' in told
+    (spoilt / '0000002.pt').unlink()
+
+    results = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('result.json')}
+    assert evidence.main(command) == 0
+    told = capsys.readouterr().out
+    assert 'Not run' not in told and told.count('seed 0: ') == 1              # `scale` alone ran
+    assert all(path.stat().st_mtime_ns == when for path, when in results.items())
+
+    written = json.loads((tmp_path / 'evidence.json').read_text())
+    rows = {row['label']: row['seeds']['0'] for row in written['questions']['readings']}
+    assert set(rows) == {'as here', *evidence.READINGS}
+    for label, run, *how in evidence.QUESTIONS['readings'][2]:
+        folder = evidence.folder_of(tmp_path, QUICK, run, 0, *evidence.stages(QUICK, run, *how)[-1])
+        with np.load(folder / 'samples.npz') as file:
+            pictures, labels = torch.from_numpy(file['arr_0']), torch.from_numpy(file['arr_1'])
+        again = evidence.judged(evidence.judge_of(tmp_path, QUICK), pictures.permute(0, 3, 1, 2), labels)
+        assert all(math.isclose(rows[label][k], again[k], rel_tol=1e-4) for k in evidence.SCORE)
+    after = [tuple(numbers['after']) for numbers in rows.values()]
+    assert len(set(after)) == len(after)                                      # readings are other networks
