@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import sys
 
 os.environ['OMP_NUM_THREADS'] = '1'  # two OpenMP threads on two busy cores spin against each other
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in MARKS)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_runtest_makereport(item, call):
+    """What a test that passed has written is removed: all of it together would be 20 GB."""
+    if call.when == 'call' and call.excinfo is None and 'tmp_path' in item.funcargs:
+        shutil.rmtree(item.funcargs['tmp_path'], ignore_errors=True)
 
 
 RUNS = ('test_train', 'test_survive', 'test_readme')                          # of scripts, not of equations

@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,7 +141,8 @@ def crowd(shapes, moments, tmp_path_factory, request):
     assert done.returncode == 0, done.stderr
     train.main([*long, '--out', str(folder / 'from 2 to 1')])
     train.main([*long, '--out', str(folder / 'one')])
-    return folder, commands
+    yield folder, commands
+    shutil.rmtree(folder)                                                     # two gigabytes
 
 
 def test_all_replicas_are_equal_to_the_bit(crowd):
