@@ -36,7 +36,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_runtest_makereport(item, call):
     """What a test that passed has written is removed: all of it together would be 20 GB."""
-    if call.when == 'call' and call.excinfo is None and 'tmp_path' in item.funcargs:
+    if call.when == 'call':
+        item.passed = call.excinfo is None
+    if call.when == 'teardown' and getattr(item, 'passed', False) and 'tmp_path' in item.funcargs:
         shutil.rmtree(item.funcargs['tmp_path'], ignore_errors=True)
 
 

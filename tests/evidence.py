@@ -180,8 +180,8 @@ def student(net, x0, y, draws, cfg, gains, skip=False, scale=False):
     xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
     noisy = model.take(model.patchify(xt, p), visible)
     x_in = model.unpatchify(model.put(model.patchify(x0, p), visible, noisy), p, x0.shape[1])
-    F, c, _ = net(c_in * xt, c_noise, y, visible, model.patchify(c_in * x0 if scale else x0 / sd, p), gains)
-    return c_skip * (xt if skip else x_in) + c_out * F, c, xt, y, (visible, masked)
+    F, *_ = net(c_in * xt, c_noise, y, visible, model.patchify(c_in * x0 if scale else x0 / sd, p), gains)
+    return c_skip * (xt if skip else x_in) + c_out * F, xt, (visible, masked)
 
 
 def mcdit_loss(net, teacher, x0, y, draws, cfg, scale=False, normalised=False):
@@ -191,9 +191,10 @@ def mcdit_loss(net, teacher, x0, y, draws, cfg, scale=False, normalised=False):
     normalised  "L_noise: raw target": here zero mean and unit variance in each patch, as in MaskDiT's code
     """
     sigma, sd, p = draws['sigma'], cfg['sigma_data'], model.parse_size(cfg['model'])[2]
-    c_skip, c_out, c_in, _ = model.precondition(sigma, sd)
+    c_skip, c_out, c_in, c_noise = model.precondition(sigma, sd)
     w, gains = model.loss_weight(sigma, sd), model.TOKEN_GAINS[cfg['tokens']]
-    D, c, xt, _, (visible, masked) = model.mcdit_student(net, x0, y, draws, cfg, gains)
+    c = net(None, c_noise, model.drop_labels(y, draws, cfg))[1].detach()
+    D, xt, (visible, masked) = model.mcdit_student(net, x0, y, draws, cfg, gains)
     target = model.patch_norm(xt, p) if normalised else xt
     parts = {'clean': model.mean_over(w * (D - x0) ** 2, visible, p),
              'noise': model.mean_over((D - target) ** 2, masked, p)}
