@@ -190,6 +190,237 @@ def batch_indices(seed, step, batch, n):
     return np.concatenate(parts)
 
 
+# --------------------------------------------------------------------------------------- writing a folder
+
+def save_folder(out, rows, dtype, shape, meta, seed, count=0):
+    """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
+
+    The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of
+    several processes that make the same folder at once, the first wins. `count` is how many rows will come,
+    if known: room for them is looked for before the first. Returns what `describe` wrote.
+    """
+    out = pathlib.Path(out)
+    partial = out.parent / f'.{out.name}.partial-{uuid.uuid4().hex}'
+    labels, needed = [], count * math.prod(shape) * np.dtype(dtype).itemsize
+    check_room(out, needed)
+    try:
+        partial.mkdir(parents=True)
+        with open(partial / 'data.npy', 'wb') as file:
+            file.write(npy_header(dtype, (0, *shape)))
+            for row, label in rows:
+                file.write(np.ascontiguousarray(row, dtype).tobytes())
+                labels.append(label)
+            file.seek(0)
+            file.write(npy_header(dtype, (len(labels), *shape)))
+            file.flush()
+            os.fsync(file.fileno())
+        stored = np.load(partial / 'data.npy', mmap_mode='r') if labels else ()
+        sums = sum(channel_sums(stored[at:at + 100], meta) for at in range(0, len(stored), 100))
+        meta = describe(partial, labels, sums, meta, seed)
+        try:
+            os.rename(partial, out)
+        except OSError:
+            if not (out / 'meta.json').exists():                              # else somebody was faster
+                raise
+    except OSError as error:
+        raise cannot_write(out, error, needed) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return meta
+
+
+def npy_header(dtype, shape):
+    """The first bytes of an .npy file; as many for any number of rows, because numpy pads for that."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {
+        'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': shape})
+    return header.getvalue()
+
+
+def describe(folder, labels, sums, meta, seed):
+    """Write what stands beside data.npy: labels, preview.png and, last, meta.json, which is returned.
+
+    meta gains "count" and, from the `channel_sums` of all rows, the "mean" and "std" of each channel. The
+    preview shows 50 rows; of latents, as sample.py does, the first three channels.
+    """
+    with whole_file(folder / 'labels.npy') as file:
+        np.save(file, np.array(labels, np.int64))
+    meta = meta | {'count': len(labels)}
+    if labels:
+        array = np.load(folder / 'data.npy', mmap_mode='r')
+        mean, square = sums / array[:, 0].size
+        with np.errstate(invalid='ignore'):                                   # rows may be infinite
+            std = np.sqrt(np.maximum(square - mean ** 2, 0))
+        meta |= {'mean': mean.tolist(), 'std': std.tolist()}
+        some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
+        names = meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
+        images = array[some]
+        if array.dtype != np.uint8:
+            scale = meta.get('scale', LATENT_SCALE) if meta['kind'] == 'moments' else 1
+            x = torch.from_numpy(images[:, :3]).float() * scale / 3
+            images = to_uint8(x.nan_to_num()).numpy()
+        save_grid(folder / 'preview.png', images, [names[labels[i]] for i in some], columns=10)
+    with whole_file(folder / 'meta.json') as file:
+        file.write((json.dumps(meta, indent=1) + '\n').encode())
+    return meta
+
+
+def channel_sums(rows, meta):
+    """(2, C): of what the network sees of each channel of rows as stored, the sum, and the sum of squares.
+
+    Of moments, that is over all samples that could be drawn: squares of scaled means, plus scaled variances.
+    """
+    if meta['kind'] == 'images':                                              # exact, and fast: in integers
+        total = rows.sum((0, 2, 3), dtype=np.int64)
+        square = (rows.astype(np.uint16) ** 2).sum((0, 2, 3), dtype=np.int64)
+        n = rows[:, 0].size
+        return np.stack([total / 127.5 - n, square / 127.5 ** 2 - 2 * total / 127.5 + n])
+    x, variance = rows.astype(np.float64), 0
+    if meta['kind'] == 'moments':
+        mean, logvar = np.split(x, 2, axis=1)
+        scale = meta.get('scale', LATENT_SCALE)
+        x, variance = scale * mean, scale ** 2 * np.exp(logvar.clip(-30, 20))
+    return np.stack([x.sum((0, 2, 3)), (x ** 2 + variance).sum((0, 2, 3))])
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write, which gets its name when all of it is on the disk: under `path` is nothing torn."""
+    temporary = pathlib.Path(f'{path}.tmp{os.getpid()}')
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_room(out, needed):
+    """Refuse to begin what the disk cannot hold."""
+    place = next((place for place in pathlib.Path(out).absolute().parents if place.is_dir()), '/')
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise BadInput(f'{out} needs {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free: make '
+                       f'room, or choose another --out')
+
+
+def cannot_write(out, error, needed=0, kept=''):
+    """The sentence for an OSError; of a full disk it tells how many bytes were needed."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and needed
+    return BadInput(f'cannot write the data folder {out}: {error.strerror or error}'
+                    + f'; {needed / 1e6:,.1f} MB were needed' * bool(full) + kept)
+
+
+def to_uint8(x):
+    """(n, C, H, W) floats about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput if infinite."""
+    if not torch.isfinite(x).all():
+        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise BadInput(f'pictures {bad} of a batch are not finite numbers: the network has diverged')
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(path, images, titles, columns):
+    """A PNG of pictures uint8 (n, C, H, W) in rows of `columns`, each under its title."""
+    n, C, H, W = images.shape
+    zoom = max(1, 64 // H)
+    cell_w, cell_h, title_h = W * zoom + 6, H * zoom + 20, 14
+    sheet = Image.new('RGB', (columns * cell_w + 6, -(-n // columns) * cell_h + 6), 'white')
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (image, title) in enumerate(zip(np.asarray(images), titles)):
+        left, top = i % columns * cell_w + 6, i // columns * cell_h + 4
+        rgb = np.broadcast_to(image, (3, H, W)) if C == 1 else image[:3]
+        tile = Image.fromarray(np.ascontiguousarray(rgb.transpose(1, 2, 0)))
+        sheet.paste(tile.resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (left, top + title_h))
+        while title and pen.textlength(title, font) > W * zoom:
+            title = title[:-1]
+        pen.text((left, top), title, 'black', font)
+    with whole_file(path) as file:
+        sheet.save(file, 'PNG')
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+#
+# Ten classes of drawn shapes whose parts belong together: bars are equally long, a face has two matching
+# eyes. Colours, background, size and position say nothing of the class. A shape is a formula over x, y in
+# [-1, 1], y downwards, so the pictures depend on no drawing library.
+
+def disc(x, y, r, cx=0.0, cy=0.0):
+    return (x - cx) ** 2 + (y - cy) ** 2 < r ** 2
+
+
+def box(x, y, half_width, half_height, cx=0.0, cy=0.0):
+    return (abs(x - cx) < half_width) & (abs(y - cy) < half_height)
+
+
+SHAPES = {
+    'disc': lambda x, y: disc(x, y, 0.9),
+    'square': lambda x, y: box(x, y, 0.8, 0.8),
+    'triangle': lambda x, y: (y < 0.8) & (y > 2 * abs(x) - 0.95),
+    'ring': lambda x, y: disc(x, y, 0.95) & ~disc(x, y, 0.5),
+    'plus': lambda x, y: box(x, y, 0.95, 0.32) | box(x, y, 0.32, 0.95),
+    'bars': lambda x, y: box(x, y, 0.9, 0.2, 0, -0.7) | box(x, y, 0.9, 0.2) | box(x, y, 0.9, 0.2, 0, 0.7),
+    'dots': lambda x, y: disc(abs(x), abs(y), 0.42, 0.55, 0.55),
+    'dumbbell': lambda x, y: disc(abs(x), y, 0.45, 0.55) | box(x, y, 0.5, 0.15),
+    'moon': lambda x, y: disc(x, y, 0.95) & ~disc(x, y, 0.75, 0.45),
+    'face': lambda x, y: (disc(x, y, 0.98) & ~disc(abs(x), y, 0.2, 0.38, -0.28)
+                          & ~box(x, y, 0.45, 0.14, 0, 0.42)),
+}
+SHAPES_SIZE, SHAPES_COUNT = 16, 20_000
+SUPERSAMPLE = 4                               # a pixel is the mean of 4 x 4 points
+
+
+def draw_shapes(labels, size, rng):
+    """Pictures uint8 (n, 3, size, size) of the shapes `labels` (n,)."""
+    n, fine = len(labels), size * SUPERSAMPLE
+    at = ((np.arange(fine) + 0.5) / fine * 2 - 1).astype(np.float32)
+    radius = rng.uniform(0.55, 0.85, (n, 1, 1)).astype(np.float32)            # of half the picture
+    shift = rng.uniform(-1, 1, (2, n, 1, 1)).astype(np.float32) * (0.95 - radius)
+    x, y = (at[None, None, :] - shift[0]) / radius, (at[None, :, None] - shift[1]) / radius
+    inside = np.empty((n, fine, fine), np.float32)
+    for k, shape in enumerate(SHAPES.values()):
+        inside[labels == k] = shape(x[labels == k], y[labels == k])
+    inside = inside.reshape(n, 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))     # (n, 1, size, size)
+
+    paint = np.empty((n, 3), np.float32)                                      # far enough from the background
+    ground = rng.uniform(0, 1, (n, 3)).astype(np.float32)
+    wrong = np.arange(n)
+    while len(wrong):
+        paint[wrong] = rng.uniform(0, 1, (len(wrong), 3))
+        wrong = wrong[np.linalg.norm(paint[wrong] - ground[wrong], axis=1) < 0.6]
+    slope = rng.uniform(-0.12, 0.12, (n, 3, 2, 1, 1)).astype(np.float32)      # the background's colour drifts
+    line = at.reshape(size, SUPERSAMPLE).mean(1)
+    back = ground[:, :, None, None] + slope[:, :, 0] * line + slope[:, :, 1] * line[:, None]
+    pictures = inside * paint[:, :, None, None] + (1 - inside) * back
+    return np.rint(pictures.clip(0, 1) * 255).astype(np.uint8)
+
+
+def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
+    """The data set `shapes` in the folder `out`. Deterministic; several processes may call it at once."""
+    def rows():
+        rng = np.random.default_rng(seed)
+        for start in range(0, count, 500):
+            labels = rng.integers(len(SHAPES), size=min(500, count - start))
+            yield from zip(draw_shapes(labels, size, rng), labels.tolist())
+
+    meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES),
+            'source': f'shapes, seed {seed}'}
+    return save_folder(out, rows(), 'uint8', (3, size, size), meta, seed, count)
+
+
+def default_data():
+    """The value of --data where none is typed: data/ if it is a data folder, else shapes/."""
+    return 'data' if os.path.exists('data/meta.json') else 'shapes'
+
+
+def open_data(path):
+    """`Data(path)`; the folder `shapes`, if that is what is asked for, is made where it does not exist."""
+    if str(path) == 'shapes' and not os.path.exists('shapes'):
+        make_shapes('shapes')
+    return Data(path)
+
+
 # ---------------------------------------------------------------------------------------------------- VAE
 #
 # The KL autoencoder of Stable Diffusion (Rombach et al. 2022, "f8"): 83,653,863 parameters in 248 tensors,
@@ -511,237 +742,6 @@ def read_safetensors(path):
         raw = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()    # the format aligns nothing
         tensors[name] = raw.view(dtype).reshape(shape)
     return tensors
-
-
-# --------------------------------------------------------------------------------------- writing a folder
-
-def save_folder(out, rows, dtype, shape, meta, seed, count=0):
-    """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
-
-    The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of
-    several processes that make the same folder at once, the first wins. `count` is how many rows will come,
-    if known: room for them is looked for before the first. Returns what `describe` wrote.
-    """
-    out = pathlib.Path(out)
-    partial = out.parent / f'.{out.name}.partial-{uuid.uuid4().hex}'
-    labels, needed = [], count * math.prod(shape) * np.dtype(dtype).itemsize
-    check_room(out, needed)
-    try:
-        partial.mkdir(parents=True)
-        with open(partial / 'data.npy', 'wb') as file:
-            file.write(npy_header(dtype, (0, *shape)))
-            for row, label in rows:
-                file.write(np.ascontiguousarray(row, dtype).tobytes())
-                labels.append(label)
-            file.seek(0)
-            file.write(npy_header(dtype, (len(labels), *shape)))
-            file.flush()
-            os.fsync(file.fileno())
-        stored = np.load(partial / 'data.npy', mmap_mode='r') if labels else ()
-        sums = sum(channel_sums(stored[at:at + 100], meta) for at in range(0, len(stored), 100))
-        meta = describe(partial, labels, sums, meta, seed)
-        try:
-            os.rename(partial, out)
-        except OSError:
-            if not (out / 'meta.json').exists():                              # else somebody was faster
-                raise
-    except OSError as error:
-        raise cannot_write(out, error, needed) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return meta
-
-
-def npy_header(dtype, shape):
-    """The first bytes of an .npy file; as many for any number of rows, because numpy pads for that."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {
-        'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': shape})
-    return header.getvalue()
-
-
-def describe(folder, labels, sums, meta, seed):
-    """Write what stands beside data.npy: labels, preview.png and, last, meta.json, which is returned.
-
-    meta gains "count" and, from the `channel_sums` of all rows, the "mean" and "std" of each channel. The
-    preview shows 50 rows; of latents, as sample.py does, the first three channels.
-    """
-    with whole_file(folder / 'labels.npy') as file:
-        np.save(file, np.array(labels, np.int64))
-    meta = meta | {'count': len(labels)}
-    if labels:
-        array = np.load(folder / 'data.npy', mmap_mode='r')
-        mean, square = sums / array[:, 0].size
-        with np.errstate(invalid='ignore'):                                   # rows may be infinite
-            std = np.sqrt(np.maximum(square - mean ** 2, 0))
-        meta |= {'mean': mean.tolist(), 'std': std.tolist()}
-        some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
-        names = meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
-        images = array[some]
-        if array.dtype != np.uint8:
-            scale = meta.get('scale', LATENT_SCALE) if meta['kind'] == 'moments' else 1
-            x = torch.from_numpy(images[:, :3]).float() * scale / 3
-            images = to_uint8(x.nan_to_num()).numpy()
-        save_grid(folder / 'preview.png', images, [names[labels[i]] for i in some], columns=10)
-    with whole_file(folder / 'meta.json') as file:
-        file.write((json.dumps(meta, indent=1) + '\n').encode())
-    return meta
-
-
-def channel_sums(rows, meta):
-    """(2, C): of what the network sees of each channel of rows as stored, the sum, and the sum of squares.
-
-    Of moments, that is over all samples that could be drawn: squares of scaled means, plus scaled variances.
-    """
-    if meta['kind'] == 'images':                                              # exact, and fast: in integers
-        total = rows.sum((0, 2, 3), dtype=np.int64)
-        square = (rows.astype(np.uint16) ** 2).sum((0, 2, 3), dtype=np.int64)
-        n = rows[:, 0].size
-        return np.stack([total / 127.5 - n, square / 127.5 ** 2 - 2 * total / 127.5 + n])
-    x, variance = rows.astype(np.float64), 0
-    if meta['kind'] == 'moments':
-        mean, logvar = np.split(x, 2, axis=1)
-        scale = meta.get('scale', LATENT_SCALE)
-        x, variance = scale * mean, scale ** 2 * np.exp(logvar.clip(-30, 20))
-    return np.stack([x.sum((0, 2, 3)), (x ** 2 + variance).sum((0, 2, 3))])
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """A file to write, which gets its name when all of it is on the disk: under `path` is nothing torn."""
-    temporary = pathlib.Path(f'{path}.tmp{os.getpid()}')
-    try:
-        with open(temporary, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_room(out, needed):
-    """Refuse to begin what the disk cannot hold."""
-    place = next((place for place in pathlib.Path(out).absolute().parents if place.is_dir()), '/')
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise BadInput(f'{out} needs {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free: make '
-                       f'room, or choose another --out')
-
-
-def cannot_write(out, error, needed=0, kept=''):
-    """The sentence for an OSError; of a full disk it tells how many bytes were needed."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and needed
-    return BadInput(f'cannot write the data folder {out}: {error.strerror or error}'
-                    + f'; {needed / 1e6:,.1f} MB were needed' * bool(full) + kept)
-
-
-def to_uint8(x):
-    """(n, C, H, W) floats about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput if infinite."""
-    if not torch.isfinite(x).all():
-        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise BadInput(f'pictures {bad} of a batch are not finite numbers: the network has diverged')
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def save_grid(path, images, titles, columns):
-    """A PNG of pictures uint8 (n, C, H, W) in rows of `columns`, each under its title."""
-    n, C, H, W = images.shape
-    zoom = max(1, 64 // H)
-    cell_w, cell_h, title_h = W * zoom + 6, H * zoom + 20, 14
-    sheet = Image.new('RGB', (columns * cell_w + 6, -(-n // columns) * cell_h + 6), 'white')
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for i, (image, title) in enumerate(zip(np.asarray(images), titles)):
-        left, top = i % columns * cell_w + 6, i // columns * cell_h + 4
-        rgb = np.broadcast_to(image, (3, H, W)) if C == 1 else image[:3]
-        tile = Image.fromarray(np.ascontiguousarray(rgb.transpose(1, 2, 0)))
-        sheet.paste(tile.resize((W * zoom, H * zoom), Image.Resampling.NEAREST), (left, top + title_h))
-        while title and pen.textlength(title, font) > W * zoom:
-            title = title[:-1]
-        pen.text((left, top), title, 'black', font)
-    with whole_file(path) as file:
-        sheet.save(file, 'PNG')
-
-
-# ------------------------------------------------------------------------------------------------- shapes
-#
-# Ten classes of drawn shapes whose parts belong together: bars are equally long, a face has two matching
-# eyes. Colours, background, size and position say nothing of the class. A shape is a formula over x, y in
-# [-1, 1], y downwards, so the pictures depend on no drawing library.
-
-def disc(x, y, r, cx=0.0, cy=0.0):
-    return (x - cx) ** 2 + (y - cy) ** 2 < r ** 2
-
-
-def box(x, y, half_width, half_height, cx=0.0, cy=0.0):
-    return (abs(x - cx) < half_width) & (abs(y - cy) < half_height)
-
-
-SHAPES = {
-    'disc': lambda x, y: disc(x, y, 0.9),
-    'square': lambda x, y: box(x, y, 0.8, 0.8),
-    'triangle': lambda x, y: (y < 0.8) & (y > 2 * abs(x) - 0.95),
-    'ring': lambda x, y: disc(x, y, 0.95) & ~disc(x, y, 0.5),
-    'plus': lambda x, y: box(x, y, 0.95, 0.32) | box(x, y, 0.32, 0.95),
-    'bars': lambda x, y: box(x, y, 0.9, 0.2, 0, -0.7) | box(x, y, 0.9, 0.2) | box(x, y, 0.9, 0.2, 0, 0.7),
-    'dots': lambda x, y: disc(abs(x), abs(y), 0.42, 0.55, 0.55),
-    'dumbbell': lambda x, y: disc(abs(x), y, 0.45, 0.55) | box(x, y, 0.5, 0.15),
-    'moon': lambda x, y: disc(x, y, 0.95) & ~disc(x, y, 0.75, 0.45),
-    'face': lambda x, y: (disc(x, y, 0.98) & ~disc(abs(x), y, 0.2, 0.38, -0.28)
-                          & ~box(x, y, 0.45, 0.14, 0, 0.42)),
-}
-SHAPES_SIZE, SHAPES_COUNT = 16, 20_000
-SUPERSAMPLE = 4                               # a pixel is the mean of 4 x 4 points
-
-
-def draw_shapes(labels, size, rng):
-    """Pictures uint8 (n, 3, size, size) of the shapes `labels` (n,)."""
-    n, fine = len(labels), size * SUPERSAMPLE
-    at = ((np.arange(fine) + 0.5) / fine * 2 - 1).astype(np.float32)
-    radius = rng.uniform(0.55, 0.85, (n, 1, 1)).astype(np.float32)            # of half the picture
-    shift = rng.uniform(-1, 1, (2, n, 1, 1)).astype(np.float32) * (0.95 - radius)
-    x, y = (at[None, None, :] - shift[0]) / radius, (at[None, :, None] - shift[1]) / radius
-    inside = np.empty((n, fine, fine), np.float32)
-    for k, shape in enumerate(SHAPES.values()):
-        inside[labels == k] = shape(x[labels == k], y[labels == k])
-    inside = inside.reshape(n, 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))     # (n, 1, size, size)
-
-    paint = np.empty((n, 3), np.float32)                                      # far enough from the background
-    ground = rng.uniform(0, 1, (n, 3)).astype(np.float32)
-    wrong = np.arange(n)
-    while len(wrong):
-        paint[wrong] = rng.uniform(0, 1, (len(wrong), 3))
-        wrong = wrong[np.linalg.norm(paint[wrong] - ground[wrong], axis=1) < 0.6]
-    slope = rng.uniform(-0.12, 0.12, (n, 3, 2, 1, 1)).astype(np.float32)      # the background's colour drifts
-    line = at.reshape(size, SUPERSAMPLE).mean(1)
-    back = ground[:, :, None, None] + slope[:, :, 0] * line + slope[:, :, 1] * line[:, None]
-    pictures = inside * paint[:, :, None, None] + (1 - inside) * back
-    return np.rint(pictures.clip(0, 1) * 255).astype(np.uint8)
-
-
-def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
-    """The data set `shapes` in the folder `out`. Deterministic; several processes may call it at once."""
-    def rows():
-        rng = np.random.default_rng(seed)
-        for start in range(0, count, 500):
-            labels = rng.integers(len(SHAPES), size=min(500, count - start))
-            yield from zip(draw_shapes(labels, size, rng), labels.tolist())
-
-    meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES),
-            'source': f'shapes, seed {seed}'}
-    return save_folder(out, rows(), 'uint8', (3, size, size), meta, seed, count)
-
-
-def default_data():
-    """The value of --data where none is typed: data/ if it is a data folder, else shapes/."""
-    return 'data' if os.path.exists('data/meta.json') else 'shapes'
-
-
-def open_data(path):
-    """`Data(path)`; the folder `shapes`, if that is what is asked for, is made where it does not exist."""
-    if str(path) == 'shapes' and not os.path.exists('shapes'):
-        make_shapes('shapes')
-    return Data(path)
 
 
 # ------------------------------------------------------------------------------------------------ pictures
