@@ -85,6 +85,7 @@ class BadInput(ValueError):
 # ---------------------------------------------------------------------------------------- reading a folder
 
 LATENT_SCALE = 0.18215                        # Stable Diffusion's, and so DiT's and MaskDiT's
+MOST_CLASSES = 1_000_000
 KINDS = {'images': ('uint8',), 'moments': ('float16',), 'latents': ('float16', 'float32')}
 
 
@@ -120,7 +121,7 @@ class Data:
             raise BadInput(f'{path}/meta.json says kind {str(self.kind)[:50]!r}: expected one of '
                            f'{", ".join(KINDS)}')
         self.classes, self.scale = meta.get('classes'), meta.get('scale', LATENT_SCALE)
-        if type(self.classes) is not int or not 0 <= self.classes <= 1_000_000 \
+        if type(self.classes) is not int or not 0 <= self.classes <= MOST_CLASSES \
                 or type(self.scale) not in (int, float) or not 0 < self.scale < 1e6:
             raise BadInput(f'{path}/meta.json needs "classes", a number from 0 to a million, and "scale" is '
                            f'one above 0 and below a million')
@@ -905,7 +906,8 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
     Raises BadInput; where the disk fails, what is done is kept for the next try.
     """
     rank, world, device = where_am_i()
-    out, partial = pathlib.Path(out), pathlib.Path(f'{out}.partial')
+    out = pathlib.Path(out)                                                   # without a slash at its end
+    partial = pathlib.Path(f'{out}.partial')
     side = size // VAE_FACTOR
     shape, dtype = ((8, side, side), 'float16') if encode else ((3, size, size), 'uint8')
     row = math.prod(shape) * np.dtype(dtype).itemsize
@@ -1436,7 +1438,7 @@ def dataset_labels(source, names):
             return None
         labels = {name: label for name, label in pairs}
         found = [labels[name] for name in names]
-        if not all(type(label) is int and 0 <= label < 2 ** 31 for label in found):
+        if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in found):
             raise TypeError('labels must be class numbers')
         return np.array(found)
     except Exception as error:                                                # JSON and zip raise many things
@@ -1532,10 +1534,11 @@ def make_import(source, out, layout, scale, workers, seed=0):
         return np.asarray(found).reshape(shape)
 
     layout, why = find_layout(np.stack([get(i) for i in order[:100]]), layout)
-    classes = 0 if labels is None else int(np.max(labels)) + 1
-    labels = np.zeros(count, np.int64) if labels is None else np.asarray(labels)
-    if labels.shape != (count,) or labels.dtype.kind not in 'iu' or labels.min() < 0 or classes > 2 ** 31:
-        raise BadInput(f'{source} holds labels {labels.dtype} {labels.shape}: expected {count:,} from 0 up')
+    if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in 'iu' or labels.min() < 0
+                               or labels.max() >= MOST_CLASSES):
+        raise BadInput(f'{source} holds labels {labels.dtype} {labels.shape}: expected {count:,} class '
+                       f'numbers from 0 and below a million')
+    classes = 0 if labels is None else int(labels.max()) + 1
     print(f'{printable(source)}: {what}, {count:,} rows of {first.dtype} {shape}, {classes or "no"} classes')
     print(f'layout {layout}: {why}')
     moments = layout.startswith('mean')
@@ -1556,7 +1559,7 @@ def make_import(source, out, layout, scale, workers, seed=0):
                 x = x.astype(dtype)
             if not np.isfinite(x).all():
                 raise BadInput(f'{source}: row {i} holds numbers that are not finite in {dtype}')
-            yield x, int(labels[i])
+            yield x, 0 if labels is None else int(labels[i])
 
     meta = {'kind': kind, 'classes': classes, 'source': f'import of {what}, {layout}'}
     meta |= {'scale': LATENT_SCALE if scale is None else scale} if kind != 'images' else {}
@@ -1603,7 +1606,7 @@ def parse(argv):
 
     def command(name, out, **about):
         made = sub.add_parser(name, allow_abbrev=False, **about)
-        made.add_argument('--out', default=out, help=f'folder to make ({out})')
+        made.add_argument('--out', type=pathlib.Path, default=out, help=f'folder to make ({out})')
         return made.add_argument
     flag = command('shapes', 'shapes', help='10 classes of drawn shapes')
     flag('--size', type=int, default=SHAPES_SIZE, help='pixels a side')

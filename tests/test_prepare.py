@@ -418,6 +418,14 @@ def test_a_finished_folder_is_not_touched(many, tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_slash_after_the_folder_changes_nothing(tree, tmp_path, monkeypatch):
+    """With it, OUT.partial would lie within OUT, which could then never get its name."""
+    monkeypatch.chdir(tmp_path)
+    assert prepare('folder', tree, '--out', 'made/', '--size', 8).count == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['made', 'src']
+    assert ' exists already' in refused('folder', tree, '--out', '', '--size', 8)
+
+
 @pytest.fixture
 def half_done(many, tmp_path, monkeypatch):
     """A preparation that stopped after 3 chunks."""
@@ -1135,7 +1143,8 @@ def hostile(what, folder):
         np.savez(path, mu=np.zeros(3))
         return path, 'holds no arr_0 or latents'
     labels = {'npz with labels below 0': [-1, 0], 'npz with too few labels': [0],
-              'npz with odd labels': [0.5, 1]}
+              'npz with odd labels': [0.5, 1], 'npz with labels of NaN': [np.nan, 1],
+              'npz with a label of a million': [0, 10**6]}
     if what in labels:
         np.savez(path, arr_0=np.zeros((2, 4, 1, 1)), arr_1=np.array(labels[what]))
         return path, 'holds labels'
@@ -1173,7 +1182,8 @@ HOSTILE = [
     'npy of terabytes', 'npy of negative sizes', 'npy with a long header', 'npy with deep brackets',
     'npy that calls', 'npy empty', 'npy of a web page', 'npy with NaN', 'npy of one', 'npy of 2 dimensions',
     'npy not square', 'npz of other things', 'npz with labels below 0', 'npz with too few labels',
-    'npz with odd labels', 'folder of others', 'features with a label less', 'features of two sizes',
+    'npz with odd labels', 'npz with labels of NaN', 'npz with a label of a million',
+    'folder of others', 'features with a label less', 'features of two sizes',
     'json of vectors', 'json that lacks one', 'json too long', 'json of brackets', 'json of a list',
     'json below 0',
 ]
