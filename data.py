@@ -857,7 +857,7 @@ def printable(name):
 # place in a batch of the encoder are the same for any number of processes and restarts: so are its bytes.
 
 CHUNK = 256                                   # pictures; at 256 pixels 4 MB of moments
-BATCH = {'cpu': 4, 'cuda': 32}                # pictures that a VAE encodes at a time; CHUNK is a multiple
+BATCH = {'cpu': 4, 'cuda': 32}                # pictures that a VAE encodes at a time; of 512 pixels a quarter
 
 
 def where_am_i():
@@ -868,7 +868,7 @@ def where_am_i():
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():                       # the slowest is waited for
-        dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
+        dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
     return rank, world, device
 
 
@@ -911,6 +911,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
     side = size // VAE_FACTOR
     shape, dtype = ((8, side, side), 'float16') if encode else ((3, size, size), 'uint8')
     row = math.prod(shape) * np.dtype(dtype).itemsize
+    batch = max(1, min(BATCH[device.type], BATCH[device.type] * 256 ** 2 // size ** 2))
     order = np.random.default_rng(seed).permutation(len(found))
     chunks = [[found[i] for i in order[at:at + CHUNK]] for at in range(0, len(found), CHUNK)]
     listing = hashlib.sha256(os.fsencode('\0'.join(f'{name}\0{label}' for name, label in found)))
@@ -928,7 +929,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
         hold.enter_context(warnings.catch_warnings())
         warnings.simplefilter('ignore')                                       # Pillow's: the summary tells
         try:
-            work(partial / 'chunks', mine, read, encode, BATCH[device.type], shape, dtype, meta, workers, bar)
+            work(partial / 'chunks', mine, read, encode, batch, shape, dtype, meta, workers, bar)
         except OSError as error:
             mistake = failed(error)
         except BadInput as error:
