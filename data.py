@@ -622,18 +622,47 @@ def read_vae(path, device='cpu'):
     return vae.to(device).eval().requires_grad_(False), hashlib.sha256(content).hexdigest()
 
 
+UNPACKED = 50                                 # times its own size may a zip file's members have together
+
+
+def points_out(name):
+    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
+    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
+
+
+def open_zip(path):
+    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
+    try:
+        archive = zipfile.ZipFile(path)
+        size, members = os.path.getsize(path), archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
+    for member in members:
+        name = printable(member.filename)
+        if points_out(member.filename):
+            raise BadInput(f'{path} has a member {name} that points out of it')
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise BadInput(f'{path} has a member {name} that is a link')
+        if member.flag_bits & 1:
+            raise BadInput(f'{path} has a member {name} that is encrypted')
+        if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
+            raise BadInput(f'{path} has a member {name} that lies about its length')
+    if sum(member.compress_size for member in members) > size:
+        raise BadInput(f'{path} has members that overlap or reach beyond its end')
+    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
+        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
+    return archive
+
+
 def read_torch(path):
     """The dictionary in a file of torch.save, of which no code is run. Raises BadInput."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if any(part.compress_type for part in parts) \
-                    or sum(part.file_size for part in parts) > os.path.getsize(path):
-                raise BadInput(f'{path} unpacks to more than its size, and torch packs nothing: it is '
-                               f'damaged, or made to fill the memory')
-            broken = archive.testzip()           # torch.load sees no flipped byte; the archive's CRC-32s do
-        if broken:
-            raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
+        with open_zip(path) as archive:
+            if any(member.compress_type for member in archive.infolist()):
+                raise BadInput(f'{path} is packed, and torch packs nothing: get its .safetensors twin')
+            if broken := archive.testzip():      # torch.load sees no flipped byte; the archive's CRC-32s do
+                raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except BadInput:
         raise
@@ -705,17 +734,15 @@ def read_safetensors(path):
                 refuse(f'it says that its header has {length:,} bytes, of {size:,} in the file (at most '
                        f'{SAFE_HEADER:,} are read)')
             header = json.loads(file.read(length).decode(), object_pairs_hook=once)
+            header.pop('__metadata__', None)
         content = np.memmap(path, np.uint8, 'c', offset=8 + length, shape=size - 8 - length) \
             if size > 8 + length else np.zeros(0, np.uint8)
     except BadInput:
         raise
     except OSError as error:
         raise BadInput(f'{path} cannot be read: {error.strerror or error}') from None
-    except (ValueError, RecursionError):
-        refuse('its header is not JSON')
-    if not isinstance(header, dict):
+    except (ValueError, RecursionError, AttributeError, TypeError):
         refuse('its header is not a JSON object')
-    header.pop('__metadata__', None)
 
     places = {}
     for name, entry in header.items():
@@ -729,19 +756,16 @@ def read_safetensors(path):
             refuse(f'of {name[:60]!r} its header says {str(entry)[:100]}, where type, shape and bytes do not '
                    f'agree')
         places[name] = begin, end, dtype, shape
-    at = 0
-    for name, (begin, end, _, _) in sorted(places.items(), key=lambda item: item[1][:2]):
-        if begin != at:
-            refuse(f'the bytes of {name[:60]!r} begin at {begin:,}, and those before it end at {at:,}')
-        at = end
-    if at != len(content):
-        refuse(f'its header tells of {at:,} bytes, and there are {len(content):,}')
-
-    tensors = {}
-    for name, (begin, end, dtype, shape) in places.items():
-        raw = torch.from_numpy(content[begin:end])
+    tensors, at = {}, 0
+    for name, (begin, end, dtype, shape) in sorted(places.items(), key=lambda item: item[1][:2]):
+        if begin != at or end > len(content):
+            refuse(f'the bytes of {name[:60]!r} are {begin:,} to {end:,}, those before it end at {at:,}, and '
+                   f'all at {len(content):,}')
+        raw, at = torch.from_numpy(content[begin:end]), end
         raw = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()    # the format aligns nothing
         tensors[name] = raw.view(dtype).reshape(shape)
+    if at != len(content):
+        refuse(f'its header tells of {at:,} bytes, and there are {len(content):,}')
     return tensors
 
 
@@ -1075,9 +1099,9 @@ def tell(out, meta, each):
     skipped = f', {meta["skipped"]:,} skipped' if 'skipped' in meta else ''
     print(f'{printable(out)}: {meta["count"]:,} {kind} of {each}, {meta["classes"] or "no"} classes'
           f'{skipped}; a look at them: preview.png in it')
-    for what, name in (('mean', 'mean'), ('standard deviation', 'std')):
-        print(f'{what} of the channels: ' + ', '.join(f'{value:.3f}' for value in meta[name])
-              + ' (train.py takes 0.5, unless --sigma-data says another)' * (name == 'std'))
+    mean, std = (', '.join(f'{value:.3f}' for value in meta[name]) for name in ('mean', 'std'))
+    print(f'mean of the channels: {mean}')
+    print(f'standard deviation of the channels: {std} (train.py takes 0.5, unless --sigma-data says another)')
 
 
 # ------------------------------------------------------------------------------------------------- folder
@@ -1166,11 +1190,6 @@ def encode_pictures(vae, device, pictures):
 CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 CIFAR_MD5 = {'c58f30108f718f92721af3b95e74349a': 'python', 'c32a1d4ab5d03f1284b67883e8d87530': 'binary'}
 CIFAR_BYTES = 250_000_000                     # the archives hold 186 MB
-
-
-def points_out(name):
-    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
-    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
 
 
 class Bounded(io.RawIOBase):
@@ -1343,32 +1362,6 @@ def make_celeba(source, out, size, crop, attribute, workers):
 # ------------------------------------------------------------------------------------------------- import
 
 MAX_BYTES = 2 ** 27                           # of a picture in a zip file
-UNPACKED = 50                                 # times its own size may a zip file's members have together
-
-
-def open_zip(path):
-    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
-    try:
-        archive = zipfile.ZipFile(path)
-        size, members = os.path.getsize(path), archive.infolist()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        why = getattr(error, 'strerror', None) or error
-        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
-    for member in members:
-        name = printable(member.filename)
-        if points_out(member.filename):
-            raise BadInput(f'{path} has a member {name} that points out of it')
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise BadInput(f'{path} has a member {name} that is a link')
-        if member.flag_bits & 1:
-            raise BadInput(f'{path} has a member {name} that is encrypted')
-        if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
-            raise BadInput(f'{path} has a member {name} that lies about its length')
-    if sum(member.compress_size for member in members) > size:
-        raise BadInput(f'{path} has members that overlap or reach beyond its end')
-    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
-        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
-    return archive
 
 
 def open_tree(source):
