@@ -1084,11 +1084,14 @@ def gather(partial, count, dtype, shape, meta, skipped, seed):
 
 def already_there(out):
     """Refuse an `out` that exists; True for one that was killed while it tidied up, which this does now."""
-    if not os.path.exists(out):
+    if not os.path.lexists(out):
         return False
-    if not os.path.exists(f'{out}/chunks') or not os.path.exists(f'{out}/meta.json'):
+    chunks = pathlib.Path(out, 'chunks')
+    ours = chunks.is_dir() and os.path.exists(f'{out}/meta.json') and all(
+        re.fullmatch(r'\d{6,}\.chunk|plan\.json|lock', path.name) for path in chunks.iterdir())
+    if not ours:
         raise BadInput(f'{out} exists already: remove it, or choose another --out')
-    shutil.rmtree(f'{out}/chunks')
+    shutil.rmtree(chunks)
     print(f'{printable(out)} was complete')
     return True
 

@@ -416,6 +416,11 @@ def test_a_finished_folder_is_not_touched(many, tmp_path):
     before = contents(tmp_path)
     assert 'exists already' in refused('folder', many / 'src', '--out', tmp_path / 'out', '--size', 4)
     assert contents(tmp_path) == before
+    (tmp_path / 'out' / 'chunks').mkdir()  # of another program, that has its own meta.json too
+    (tmp_path / 'out' / 'chunks' / 'mine.txt').write_text('precious')
+    before = contents(tmp_path)
+    assert 'exists already' in refused('folder', many / 'src', '--out', tmp_path / 'out', '--size', 4)
+    assert contents(tmp_path) == before
 
 
 def test_a_slash_after_the_folder_changes_nothing(tree, tmp_path, monkeypatch):
