@@ -49,7 +49,6 @@ import functools
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -177,6 +176,7 @@ class Data:
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
+    """The order (n,) in which `epoch` goes through the images."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -472,6 +472,8 @@ class PixelAttention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """(B, n, H, W) -> (B, n, H/2, W/2) by a convolution of stride 2."""
+
     def __init__(self, n):
         super().__init__()
         self.conv = nn.Conv2d(n, n, 3, stride=2)
@@ -481,6 +483,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, n, H, W) -> (B, n, 2H, 2W): pixels are doubled, then convolved."""
+
     def __init__(self, n):
         super().__init__()
         self.conv = conv(n, n)
@@ -499,6 +503,8 @@ class Stage(nn.Sequential):
 
 
 class Middle(nn.Module):
+    """The only attention, between two residual blocks."""
+
     def __init__(self, n):
         super().__init__()
         self.attentions = nn.ModuleList([PixelAttention(n)])
@@ -807,6 +813,7 @@ def central_square(array):
 
 
 def as_it_is(image, size):
+    """The crop of pictures that others have prepared: none. Raises BadInput for another size."""
     if image.size != (size, size):
         raise BadInput(f'not {size} x {size} like the first: {image.width} x {image.height}')
     return image
@@ -1013,7 +1020,7 @@ def work(folder, chunks, read, encode, batch, shape, dtype, meta, workers, bar):
     try:
         numbers = list(chunks)
         coming = queue(numbers[0]) if numbers else ()
-        for k, after in itertools.zip_longest(numbers, numbers[1:]):
+        for k, after in zip(numbers, [*numbers[1:], None]):
             answers, coming = coming, queue(after) if after else ()
             labels, skipped, done, pictures = [], [], collections.Counter(), []
             for (name, label), answer in zip(chunks[k], (future.result() for future in answers)):
@@ -1559,7 +1566,8 @@ def make_import(source, out, layout, scale, workers, seed=0):
             yield x, 0 if labels is None else int(labels[i])
 
     meta = {'kind': kind, 'classes': classes, 'source': f'import of {what}, {layout}'}
-    meta |= {'scale': LATENT_SCALE if scale is None else scale} if kind != 'images' else {}
+    if kind != 'images':
+        meta['scale'] = LATENT_SCALE if scale is None else scale
     meta = save_folder(out, rows(), dtype, shape, meta, seed, count)
     tell(out, meta, ' x '.join(map(str, shape)))
     std = np.mean(meta['std'])
@@ -1598,37 +1606,38 @@ def import_pictures(source, names, opened, out, layout, workers):
 # ------------------------------------------------------------------------------------------- command line
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description='Prepare a data folder.', allow_abbrev=False)
+    parser = argparse.ArgumentParser(description='Prepare a data folder.', allow_abbrev=False,
+                                     epilog='`data.py folder --help` tells the flags of `folder`, and so on.')
     sub = parser.add_subparsers(dest='what', required=True)
-
-    def command(name, out, **about):
-        made = sub.add_parser(name, allow_abbrev=False, **about)
-        made.add_argument('--out', type=pathlib.Path, default=out, help=f'folder to make ({out})')
-        return made.add_argument
-    flag = command('shapes', 'shapes', help='10 classes of drawn shapes')
-    flag('--size', type=int, default=SHAPES_SIZE, help='pixels a side')
-    flag('--n', type=int, default=SHAPES_COUNT, help='number of pictures')
-    flag('--seed', type=int, default=0)
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    flag = command('folder', 'data', help='a tree of pictures')
-    flag('source', help='one sub-folder a class, or none')
-    flag('--size', type=int, required=True, help='pixels a side')
-    flag('--vae', metavar='FILE', help="store moments of Stable Diffusion's VAE")
-    flag('--workers', type=int, default=threads, help='threads that read pictures, each process')
-    flag = command('cifar10', 'cifar10', help='CIFAR-10')
-    flag('source', help='archive, python or binary version, or what is in it')
-    flag = command('celeba', 'celeba', help='CelebA, aligned')
-    flag('source', help='img_align_celeba.zip, or the folder in it')
-    flag('--size', type=int, default=64, help='pixels a side')
+
+    def command(name, about, out, source=None, workers=True):
+        made = sub.add_parser(name, help=about, description=f'Prepare {about}.', allow_abbrev=False)
+        if source:
+            made.add_argument('source', help=source)
+        made.add_argument('--out', type=pathlib.Path, default=out, help=f'folder to make ({out})')
+        if workers:
+            made.add_argument('--workers', type=int, default=threads,
+                              help=f'threads that read pictures, each process ({threads})')
+        return made.add_argument
+    flag = command('shapes', '10 classes of drawn shapes', 'shapes', workers=False)
+    flag('--size', type=int, default=SHAPES_SIZE, help=f'pixels a side ({SHAPES_SIZE})')
+    flag('--n', type=int, default=SHAPES_COUNT, help=f'number of pictures ({SHAPES_COUNT})')
+    flag('--seed', type=int, default=0, help='another one draws other shapes (0)')
+    flag = command('folder', 'a tree of pictures', 'data', 'one sub-folder a class, or none')
+    flag('--size', type=int, required=True, help='pixels a side, to which pictures are cut and scaled')
+    flag('--vae', metavar='FILE', help="store moments of this file, Stable Diffusion's VAE, and no pixels")
+    command('cifar10', 'CIFAR-10', 'cifar10', 'archive, python or binary version, or what is in it', False)
+    flag = command('celeba', 'CelebA, aligned', 'celeba', 'img_align_celeba.zip, or the folder in it')
+    flag('--size', type=int, default=64, help='pixels a side (64)')
     flag('--crop', type=int, nargs=3, default=(128, 89, 121), metavar=('SIDE', 'X', 'Y'),
          help='square around a centre, in pixels (128 89 121)')
-    flag('--attribute', help='one of list_attr_celeba.txt, as the class')
-    flag('--workers', type=int, default=threads, help='threads that read pictures, each process')
-    flag = command('import', 'data', help='what another repository has prepared')
-    flag('source', help='folder, .zip, .npz or .npy')
-    flag('--layout', choices=('mean-logvar', 'mean-std', 'sampled'), help='of latents (looked at)')
-    flag('--scale', type=float, help=f'what latents are multiplied by ({LATENT_SCALE}; samples have been)')
-    flag('--workers', type=int, default=threads, help='threads that read pictures, each process')
+    flag('--attribute', help='one of list_attr_celeba.txt, as the class (none: no classes)')
+    flag = command('import', 'what another repository has prepared', 'data', 'folder, .zip, .npz or .npy')
+    flag('--layout', choices=('mean-logvar', 'mean-std', 'sampled'),
+         help='what the channels of latents are (told by a look at some)')
+    flag('--scale', type=float, help=f'what latents are multiplied by ({LATENT_SCALE}, as sampled ones are '
+         f'taken to have been)')
     return parser.parse_args(argv)
 
 
