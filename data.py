@@ -961,10 +961,8 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
         warnings.simplefilter('ignore')                                       # Pillow's: the summary tells
         try:
             work(partial / 'chunks', mine, read, encode, batch, shape, dtype, meta, workers, bar)
-        except OSError as error:
-            mistake = failed(error)
-        except BadInput as error:
-            mistake = error
+        except (OSError, BadInput) as error:
+            mistake = error if isinstance(error, BadInput) else failed(error)
         bar.close()
         agree(mistake, world)
         if rank:
@@ -1493,8 +1491,6 @@ def find_layout(look, layout):
     """(layout, how it is known) of rows: pixels, mean-logvar, mean-std or sampled. Raises BadInput."""
     C = look.shape[1]
     if look.dtype == np.uint8:
-        if layout:
-            raise BadInput(f'--layout {layout} is for latents, and these are pictures')
         return 'pixels', 'uint8'
     if layout and layout != 'sampled' and C % 2:
         raise BadInput(f'--layout {layout} needs an even number of channels, and there are {C}')
@@ -1512,6 +1508,10 @@ def find_layout(look, layout):
 
 def make_import(source, out, layout, scale, workers, seed=0):
     """Copy what another repository has prepared; see the docstring of this file. Raises BadInput."""
+    def pictures_take_no_flags():
+        if layout or scale is not None:
+            raise BadInput('--layout and --scale are for latents, and these are pictures')
+
     path = pathlib.Path(source)
     if not os.path.exists(path):
         raise BadInput(f'there is no {source}')
@@ -1519,7 +1519,8 @@ def make_import(source, out, layout, scale, workers, seed=0):
         names, opened = open_tree(source)
         pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
         if pictures and 'dataset.json' in names:
-            return import_pictures(source, pictures, opened, out, layout, workers)
+            pictures_take_no_flags()
+            return import_pictures(source, pictures, opened, out, workers)
     if int(os.environ.get('RANK', 0)):
         return None
     what, count, row, labels = open_arrays(source)
@@ -1530,11 +1531,14 @@ def make_import(source, out, layout, scale, workers, seed=0):
     shape = first.shape[first.ndim == 4:]                                     # fast-DiT's are (1, C, h, w)
     if len(shape) != 3 or shape[1] != shape[2]:
         raise BadInput(f'{source} holds rows {first.shape}: expected (C, h, h)')
+    if first.dtype == np.uint8:
+        pictures_take_no_flags()
 
     def get(i):
         found = row(i)
-        if found.size != math.prod(shape) or found.shape[-3:] != shape:
-            raise BadInput(f'{source} holds rows {found.shape} and {first.shape}: all must be alike')
+        if found.dtype != first.dtype or found.size != math.prod(shape) or found.shape[-3:] != shape:
+            raise BadInput(f'{source} holds rows {first.dtype} {first.shape} and {found.dtype} '
+                           f'{found.shape}: all must be alike')
         return np.asarray(found).reshape(shape)
 
     layout, why = find_layout(np.stack([get(i) for i in order[:100]]), layout)
@@ -1576,13 +1580,11 @@ def make_import(source, out, layout, scale, workers, seed=0):
               f'what it is multiplied by')
 
 
-def import_pictures(source, names, opened, out, layout, workers):
+def import_pictures(source, names, opened, out, workers):
     """EDM's layout of pictures: a folder or zip file of them, all as large as the first, and dataset.json."""
     rank, world, _ = where_am_i()
 
     def find():
-        if layout:
-            raise BadInput(f'--layout {layout} is for latents, and these are pictures')
         labels = dataset_labels(source, names)
         try:
             first = opened(names[0])

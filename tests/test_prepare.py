@@ -1046,6 +1046,8 @@ def test_import_of_adms_pictures(tmp_path, capsys):
     assert 'layout pixels: uint8' in capsys.readouterr().out
     told = refused('import', tmp_path / 'src.npz', '--out', tmp_path / 'no', '--layout', 'sampled')
     assert 'for latents, and these are pictures' in told
+    told = refused('import', tmp_path / 'src.npz', '--out', tmp_path / 'no', '--scale', 0.5)
+    assert 'for latents, and these are pictures' in told
 
 
 @pytest.mark.parametrize('packed', [False, True])
@@ -1062,7 +1064,8 @@ def test_import_of_edms_pictures(packed, tmp_path, capsys):
     told = capsys.readouterr().out
     assert 'img00000020.png: not 6 x 6 like the first: 7 x 6' in told
     assert '40 pictures 6 x 6, 5 classes' in told
-    assert 'for latents' in refused('import', source, '--out', tmp_path / 'no', '--layout', 'sampled')
+    for flags in (('--layout', 'sampled'), ('--scale', 0.5)):
+        assert 'for latents' in refused('import', source, '--out', tmp_path / 'no', *flags)
 
 
 # ------------------------------------------------------------------------------------------- hostile files
@@ -1165,6 +1168,10 @@ def hostile(what, folder):
         source = save_fast_dit(folder / 'some', np.zeros((5, 4, 1, 1)), np.zeros(5, int))
         np.save(source / 'imagenet256_features' / '3.npy', np.zeros((1, 4, 2, 2)))
         return source, 'all must be alike'
+    if what == 'features of two types':  # as bytes, the others would wrap around
+        source = save_fast_dit(folder / 'some', np.zeros((5, 4, 1, 1), np.uint8), np.zeros(5, int))
+        np.save(source / 'imagenet256_features' / '3.npy', np.full((1, 4, 1, 1), 300.5))
+        return source, 'all must be alike'
     source = save_edm(folder / 'some', np.zeros((3, 8, 1, 1)), [0, 1, 2])
     pairs = json.loads((source / 'dataset.json').read_text())['labels']
     texts = {
@@ -1189,6 +1196,7 @@ HOSTILE = [
     'npy not square', 'npz of other things', 'npz with labels below 0', 'npz with too few labels',
     'npz with odd labels', 'npz with labels of NaN', 'npz with a label of a million',
     'folder of others', 'features with a label less', 'features of two sizes',
+    'features of two types',
     'json of vectors', 'json that lacks one', 'json too long', 'json of brackets', 'json of a list',
     'json below 0',
 ]
