@@ -312,7 +312,7 @@ def test_a_picture_depends_on_no_batch(vae):
 
 def round_trip(vae, size):
     """A real picture to moments and back: the shapes, and that the picture's content matters."""
-    picture = data.read_picture(ROOT / 'assets' / 'laptop.png', size)
+    picture, _ = data.read_picture(ROOT / 'assets' / 'laptop.png', size)
     x = torch.from_numpy(picture.copy())[None] / 127.5 - 1
     moments = vae.encode(x)
     assert moments.shape == (1, 8, size // 8, size // 8)
