@@ -631,6 +631,11 @@ def read_vae(path, device='cpu'):
 UNPACKED = 50                                 # times its own size may a zip file's members have together
 
 
+def printable(name):
+    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
 def points_out(name):
     """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
     return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
@@ -645,15 +650,13 @@ def open_zip(path):
         why = getattr(error, 'strerror', None) or error
         raise BadInput(f'{path} is cut short or no zip file: {why}') from None
     for member in members:
-        name = printable(member.filename)
-        if points_out(member.filename):
-            raise BadInput(f'{path} has a member {name} that points out of it')
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise BadInput(f'{path} has a member {name} that is a link')
-        if member.flag_bits & 1:
-            raise BadInput(f'{path} has a member {name} that is encrypted')
-        if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
-            raise BadInput(f'{path} has a member {name} that lies about its length')
+        stored = member.compress_type == zipfile.ZIP_STORED
+        odd = 'points out of it' if points_out(member.filename) else \
+              'is a link' if stat.S_ISLNK(member.external_attr >> 16) else \
+              'is encrypted' if member.flag_bits & 1 else \
+              'lies about its length' if stored and member.file_size != member.compress_size else ''
+        if odd:
+            raise BadInput(f'{path} has a member {printable(member.filename)} that {odd}')
     if sum(member.compress_size for member in members) > size:
         raise BadInput(f'{path} has members that overlap or reach beyond its end')
     if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
@@ -870,11 +873,6 @@ def read_picture(file, size, crop=center_crop):
         return str(error)
     except Exception as error:                                                # a broken file raises anything
         return f'damaged or not to be read: {getattr(error, "strerror", None) or error}'
-
-
-def printable(name):
-    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
 # ------------------------------------------------------------------------------------------------- prepare
@@ -1427,12 +1425,9 @@ def dataset_labels(source, names):
     """Labels (N,) of the files `names`, or None, by EDM's dataset.json: {"labels": [[name, class], ...]}."""
     most = 1000 + 200 * len(names)                                            # bytes; an entry has about 50
     try:
-        if os.path.isdir(source):
-            with open(os.path.join(source, 'dataset.json'), 'rb') as file:
-                content = file.read(most + 1)
-        else:
-            with open_zip(source) as archive, archive.open('dataset.json') as file:
-                content = file.read(most + 1)
+        with open(os.path.join(source, 'dataset.json'), 'rb') if os.path.isdir(source) \
+                else open_zip(source).open('dataset.json') as file:
+            content = file.read(most + 1)
         if len(content) > most:
             raise ValueError(f'more than {most:,} bytes')
         pairs = json.loads(content)['labels']
