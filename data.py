@@ -49,7 +49,6 @@ import functools
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -85,6 +84,7 @@ class BadInput(ValueError):
 # ---------------------------------------------------------------------------------------- reading a folder
 
 LATENT_SCALE = 0.18215                        # Stable Diffusion's, and so DiT's and MaskDiT's
+MOST_CLASSES = 1_000_000
 KINDS = {'images': ('uint8',), 'moments': ('float16',), 'latents': ('float16', 'float32')}
 
 
@@ -120,7 +120,7 @@ class Data:
             raise BadInput(f'{path}/meta.json says kind {str(self.kind)[:50]!r}: expected one of '
                            f'{", ".join(KINDS)}')
         self.classes, self.scale = meta.get('classes'), meta.get('scale', LATENT_SCALE)
-        if type(self.classes) is not int or not 0 <= self.classes <= 1_000_000 \
+        if type(self.classes) is not int or not 0 <= self.classes <= MOST_CLASSES \
                 or type(self.scale) not in (int, float) or not 0 < self.scale < 1e6:
             raise BadInput(f'{path}/meta.json needs "classes", a number from 0 to a million, and "scale" is '
                            f'one above 0 and below a million')
@@ -176,6 +176,7 @@ class Data:
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
+    """The order (n,) in which `epoch` goes through the images."""
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
@@ -188,329 +189,6 @@ def batch_indices(seed, step, batch, n):
     epochs = position // n
     parts = [permutation(seed, int(e), n)[position[epochs == e] % n] for e in np.unique(epochs)]
     return np.concatenate(parts)
-
-
-# ---------------------------------------------------------------------------------------------------- VAE
-#
-# The KL autoencoder of Stable Diffusion (Rombach et al. 2022, "f8"): 83,653,863 parameters in 248 tensors,
-# under the names of diffusers, so that loading is a renaming at most. Between pixels and latents lie three
-# halvings; both ways, widths 128, 256, 512, 512 and one attention in the middle.
-#
-# Letters: B pictures    H = W their side in pixels    h = w = H/8    n, m channels before and after
-
-VAE_FACTOR = 8                                # pixels a side of a latent
-
-
-def group_norm(n):
-    return nn.GroupNorm(32, n, eps=1e-6)
-
-
-def conv(n, m):
-    return nn.Conv2d(n, m, 3, padding=1)
-
-
-class Residual(nn.Module):
-    """Norm, SiLU, convolution, twice, beside a shortcut; n -> m channels."""
-
-    def __init__(self, n, m):
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(n), conv(n, m)
-        self.norm2, self.conv2 = group_norm(m), conv(m, m)
-        self.conv_shortcut = nn.Conv2d(n, m, 1) if n != m else nn.Identity()
-
-    def forward(self, x):
-        inner = self.conv1(functional.silu(self.norm1(x)))
-        return self.conv_shortcut(x) + self.conv2(functional.silu(self.norm2(inner)))
-
-
-class PixelAttention(nn.Module):
-    """Every pixel attends to all, in one head as wide as its n channels."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.group_norm = group_norm(n)
-        self.to_q, self.to_k, self.to_v = nn.Linear(n, n), nn.Linear(n, n), nn.Linear(n, n)
-        self.to_out = nn.Sequential(nn.Linear(n, n))
-
-    def forward(self, x):
-        tokens = self.group_norm(x).flatten(2).mT[:, None]                    # (B, 1, hw, n): a single head
-        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        seen = self.to_out(functional.scaled_dot_product_attention(q, k, v))
-        return x + seen[:, 0].mT.unflatten(2, x.shape[2:])
-
-
-class Downsample(nn.Module):
-    def __init__(self, n):
-        super().__init__()
-        self.conv = nn.Conv2d(n, n, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(functional.pad(x, (0, 1, 0, 1)))                     # right and below, no more
-
-
-class Upsample(nn.Module):
-    def __init__(self, n):
-        super().__init__()
-        self.conv = conv(n, n)
-
-    def forward(self, x):
-        return self.conv(functional.interpolate(x, scale_factor=2.0, mode='nearest'))
-
-
-class Stage(nn.Sequential):
-    """Residual blocks at one resolution, n -> m channels, then half or twice that resolution or neither."""
-
-    def __init__(self, n, m, blocks, **resize):
-        resnets = nn.Sequential(Residual(n, m), *(Residual(m, m) for _ in range(blocks - 1)))
-        super().__init__(collections.OrderedDict(
-            resnets=resnets, **{name: nn.Sequential(layer(m)) for name, layer in resize.items()}))
-
-
-class Middle(nn.Module):
-    def __init__(self, n):
-        super().__init__()
-        self.attentions = nn.ModuleList([PixelAttention(n)])
-        self.resnets = nn.ModuleList([Residual(n, n), Residual(n, n)])
-
-    def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv_in = conv(3, 128)
-        self.down_blocks = nn.Sequential(
-            Stage(128, 128, 2, downsamplers=Downsample), Stage(128, 256, 2, downsamplers=Downsample),
-            Stage(256, 512, 2, downsamplers=Downsample), Stage(512, 512, 2))
-        self.mid_block = Middle(512)
-        self.conv_norm_out, self.conv_out = group_norm(512), conv(512, 8)
-
-    def forward(self, x):                                                     # (B, 3, H, W)
-        x = self.conv_in(x)                                                   # (B, 128, H, W)
-        x = self.down_blocks(x)                                               # (B, 512, h, w)
-        x = self.mid_block(x)                                                 # (B, 512, h, w)
-        return self.conv_out(functional.silu(self.conv_norm_out(x)))          # (B, 8, h, w)
-
-
-class Decoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv_in = conv(4, 512)
-        self.mid_block = Middle(512)
-        self.up_blocks = nn.Sequential(
-            Stage(512, 512, 3, upsamplers=Upsample), Stage(512, 512, 3, upsamplers=Upsample),
-            Stage(512, 256, 3, upsamplers=Upsample), Stage(256, 128, 3))
-        self.conv_norm_out, self.conv_out = group_norm(128), conv(128, 3)
-
-    def forward(self, z):                                                     # (B, 4, h, w)
-        x = self.conv_in(z)                                                   # (B, 512, h, w)
-        x = self.mid_block(x)                                                 # (B, 512, h, w)
-        x = self.up_blocks(x)                                                 # (B, 128, H, W)
-        return self.conv_out(functional.silu(self.conv_norm_out(x)))          # (B, 3, H, W)
-
-
-class VAE(nn.Module):
-    """Pictures to moments and latents to pictures, in float32 even where autocast says another.
-
-    `LATENT_SCALE` is not in here: moments and latents are as the autoencoder has them, unscaled.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.quant_conv = Encoder(), nn.Conv2d(8, 8, 1)
-        self.decoder, self.post_quant_conv = Decoder(), nn.Conv2d(4, 4, 1)
-
-    def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> moments (B, 8, h, w): the mean, then the log-variance.
-
-        Raises BadInput unless x is square and its side a multiple of 8.
-        """
-        if x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[2] % VAE_FACTOR or not x.shape[2]:
-            raise BadInput(f'the VAE encodes (B, 3, H, H) with H a multiple of 8, not {tuple(x.shape)}: crop '
-                           f'the pictures, as `python data.py folder` does')
-        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
-            return self.quant_conv(self.encoder(x.to(self.quant_conv.weight)))      # its device, float32
-
-    def decode(self, z):
-        """z (B, 4, h, h) -> x (B, 3, H, H), about [-1, 1]. Raises BadInput for another shape.
-
-        One latent at a time: 512 pixels take about 1 GiB each, and so picture i depends on no batch.
-        """
-        if z.shape[1] != 4 or z.shape[2] != z.shape[3]:
-            raise BadInput(f'the VAE decodes latents (B, 4, h, h), not {tuple(z.shape)}')
-        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
-            z = self.post_quant_conv(z.to(self.quant_conv.weight))            # its device, float32
-            return torch.cat([self.decoder(one) for one in z.split(1)])
-
-
-PUBLISHED_VAE = ('diffusion_pytorch_model.safetensors (334,643,276 bytes) of '
-                 'https://huggingface.co/stabilityai/sd-vae-ft-ema or sd-vae-ft-mse (SHA-256 of -mse: '
-                 'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815)')
-OTHER_NAMES = (                               # of the LDM files, of older diffusers files; today's
-    *((f'.up.{i}.', f'.up_blocks.{3 - i}.') for i in range(4)),               # LDM counts from the pixels
-    ('.down.', '.down_blocks.'),
-    ('.block.', '.resnets.'),
-    ('.upsample.', '.upsamplers.0.'),
-    ('.downsample.', '.downsamplers.0.'),
-    ('.mid.block_1.', '.mid_block.resnets.0.'),
-    ('.mid.block_2.', '.mid_block.resnets.1.'),
-    ('.mid.attn_1.', '.mid_block.attentions.0.'),
-    ('.nin_shortcut.', '.conv_shortcut.'),
-    ('.norm_out.', '.conv_norm_out.'),
-    ('.norm.', '.group_norm.'),
-    ('.q.', '.to_q.'), ('.k.', '.to_k.'), ('.v.', '.to_v.'), ('.proj_out.', '.to_out.0.'),
-    ('.query.', '.to_q.'), ('.key.', '.to_k.'), ('.value.', '.to_v.'), ('.proj_attn.', '.to_out.0.'))
-
-
-def read_vae(path, device='cpu'):
-    """(VAE for inference in float32, SHA-256 of the file) from any of the published files.
-
-    diffusers' (today's and older names) or LDM's, alone or within a Stable Diffusion checkpoint; safetensors
-    or a torch file. Convolutions on a GPU are set to float32 proper, not TF32. Raises BadInput.
-    """
-    try:
-        content = np.memmap(path, np.uint8, 'r') if os.path.getsize(path) else np.zeros(0, np.uint8)
-    except FileNotFoundError:
-        raise BadInput(f'there is no VAE {path}: name one with --vae, such as {PUBLISHED_VAE}') from None
-    except OSError as error:
-        raise BadInput(f'the VAE {path} cannot be read: {error.strerror or error}') from None
-    head = content[:16].tobytes()
-    if head.startswith(b'PK'):
-        weights = read_torch(path)
-    elif head[8:9] == b'{':
-        weights = read_safetensors(path)
-    else:
-        raise BadInput(f'{path} is neither a safetensors nor a torch file, it begins with {head!r}: get '
-                       f'{PUBLISHED_VAE}')
-    with torch.device('meta'):
-        vae = VAE()
-    vae.load_state_dict(to_vae_names(weights, vae.state_dict(), path), assign=True)
-    torch.backends.cudnn.conv.fp32_precision = 'ieee'
-    return vae.to(device).eval().requires_grad_(False), hashlib.sha256(content).hexdigest()
-
-
-def read_torch(path):
-    """The dictionary in a file of torch.save, of which no code is run. Raises BadInput."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if any(part.compress_type for part in parts) \
-                    or sum(part.file_size for part in parts) > os.path.getsize(path):
-                raise BadInput(f'{path} unpacks to more than its size, and torch packs nothing: it is '
-                               f'damaged, or made to fill the memory')
-            broken = archive.testzip()           # torch.load sees no flipped byte; the archive's CRC-32s do
-        if broken:
-            raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except BadInput:
-        raise
-    except pickle.UnpicklingError:
-        raise BadInput(f'{path} holds more than tensors, and opening the rest would run code from the file: '
-                       f'get its .safetensors twin') from None
-    except Exception as error:                                         # what torch raises here has many types
-        raise BadInput(f'{path} is truncated or no torch file ({type(error).__name__})') from None
-
-
-def to_vae_names(weights, wanted, path):
-    """The tensors of a published file under our names, in float32, copied. Raises BadInput if they differ
-    from `wanted` in names or shapes."""
-    if isinstance(weights, dict):
-        weights = weights.get('state_dict', weights)
-    theirs = {name: value for name, value in (weights.items() if isinstance(weights, dict) else ())
-              if isinstance(name, str) and isinstance(value, torch.Tensor)}
-    inside = 'first_stage_model.' * any(name.startswith('first_stage_model.') for name in theirs)
-    ours = {}
-    for name, value in theirs.items():
-        if not name.startswith(inside) or name.startswith(('loss.', 'model_ema.'), len(inside)):
-            continue                                          # the rest of Stable Diffusion, or of a training
-        name = name.removeprefix(inside)
-        for old, new in OTHER_NAMES:
-            name = name.replace(old, new)
-        if '.attentions.0.to_' in name and value.ndim == 4:
-            value = value.squeeze((2, 3))                                     # LDM's are convolutions, 1 x 1
-        ours[name] = value
-    lacks, more = [name for name in wanted if name not in ours], [name for name in ours if name not in wanted]
-    odd = [name for name in wanted if name in ours and ours[name].shape != wanted[name].shape]
-    if lacks or more or odd:
-        differ = '; '.join(f'{len(names)} {what}, such as {names[0]}' for what, names in
-                           (('missing', lacks), ('too many', more), ('of other shapes', odd)) if names)
-        raise BadInput(f'{path} is not the f8 KL autoencoder of Stable Diffusion with its {len(wanted)} '
-                       f'tensors, there are {differ} (in the names of diffusers): get {PUBLISHED_VAE}')
-    ours = {name: value.to(torch.float32, copy=True) for name, value in ours.items()}    # off the mapped file
-    wrong = [name for name, value in ours.items() if not value.isfinite().all()]
-    if wrong:
-        raise BadInput(f'{path} holds numbers that are not finite, {wrong[0]} and {len(wrong) - 1} more')
-    return ours
-
-
-SAFE_DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
-               'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8,
-               'U8': torch.uint8, 'BOOL': torch.bool}
-SAFE_HEADER = 2_000_000                       # bytes at most; a whole Stable Diffusion has a tenth
-
-
-def read_safetensors(path):
-    """{name: tensor} of a safetensors file: the header's length, a JSON header, raw bytes.
-
-    The tensors lie in the file, mapped and not read until they are used. What the header promises is held
-    against the file's size before anything is mapped or made. Raises BadInput.
-    """
-    def refuse(why):
-        raise BadInput(f'{path} is no whole safetensors file: {why}')
-
-    def once(pairs):                                                          # JSON lets the last one win
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            refuse(f'its header says the same twice, {pairs[0][0][:60]!r} or another')
-        return entries
-
-    try:
-        size = os.path.getsize(path)
-        with open(path, 'rb') as file:
-            length = int.from_bytes(file.read(8), 'little')
-            if length > min(size - 8, SAFE_HEADER):
-                refuse(f'it says that its header has {length:,} bytes, of {size:,} in the file (at most '
-                       f'{SAFE_HEADER:,} are read)')
-            header = json.loads(file.read(length).decode(), object_pairs_hook=once)
-        content = np.memmap(path, np.uint8, 'c', offset=8 + length, shape=size - 8 - length) \
-            if size > 8 + length else np.zeros(0, np.uint8)
-    except BadInput:
-        raise
-    except OSError as error:
-        raise BadInput(f'{path} cannot be read: {error.strerror or error}') from None
-    except (ValueError, RecursionError):
-        refuse('its header is not JSON')
-    if not isinstance(header, dict):
-        refuse('its header is not a JSON object')
-    header.pop('__metadata__', None)
-
-    places = {}
-    for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = SAFE_DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
-            sound = type(shape) is list and len(shape) <= 8 and all(
-                type(n) is int and 0 <= n <= size for n in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound or end - begin != math.prod(shape) * dtype.itemsize:
-            refuse(f'of {name[:60]!r} its header says {str(entry)[:100]}, where type, shape and bytes do not '
-                   f'agree')
-        places[name] = begin, end, dtype, shape
-    at = 0
-    for name, (begin, end, _, _) in sorted(places.items(), key=lambda item: item[1][:2]):
-        if begin != at:
-            refuse(f'the bytes of {name[:60]!r} begin at {begin:,}, and those before it end at {at:,}')
-        at = end
-    if at != len(content):
-        refuse(f'its header tells of {at:,} bytes, and there are {len(content):,}')
-
-    tensors = {}
-    for name, (begin, end, dtype, shape) in places.items():
-        raw = torch.from_numpy(content[begin:end])
-        raw = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()    # the format aligns nothing
-        tensors[name] = raw.view(dtype).reshape(shape)
-    return tensors
 
 
 # --------------------------------------------------------------------------------------- writing a folder
@@ -744,6 +422,362 @@ def open_data(path):
     return Data(path)
 
 
+# ---------------------------------------------------------------------------------------------------- VAE
+#
+# The KL autoencoder of Stable Diffusion (Rombach et al. 2022, "f8"): 83,653,863 parameters in 248 tensors,
+# under the names of diffusers, so that loading is a renaming at most. Between pixels and latents lie three
+# halvings; both ways, widths 128, 256, 512, 512 and one attention in the middle.
+#
+# Letters: B pictures    H = W their side in pixels    h = w = H/8    n, m channels before and after
+
+VAE_FACTOR = 8                                # pixels a side of a latent
+
+
+def group_norm(n):
+    return nn.GroupNorm(32, n, eps=1e-6)
+
+
+def conv(n, m):
+    return nn.Conv2d(n, m, 3, padding=1)
+
+
+class Residual(nn.Module):
+    """Norm, SiLU, convolution, twice, beside a shortcut; n -> m channels."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(n), conv(n, m)
+        self.norm2, self.conv2 = group_norm(m), conv(m, m)
+        self.conv_shortcut = nn.Conv2d(n, m, 1) if n != m else nn.Identity()
+
+    def forward(self, x):
+        inner = self.conv1(functional.silu(self.norm1(x)))
+        return self.conv_shortcut(x) + self.conv2(functional.silu(self.norm2(inner)))
+
+
+class PixelAttention(nn.Module):
+    """Every pixel attends to all, in one head as wide as its n channels."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.group_norm = group_norm(n)
+        self.to_q, self.to_k, self.to_v = nn.Linear(n, n), nn.Linear(n, n), nn.Linear(n, n)
+        self.to_out = nn.Sequential(nn.Linear(n, n))
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).mT[:, None]                    # (B, 1, hw, n): a single head
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        seen = self.to_out(functional.scaled_dot_product_attention(q, k, v))
+        return x + seen[:, 0].mT.unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """(B, n, H, W) -> (B, n, H/2, W/2) by a convolution of stride 2."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.conv = nn.Conv2d(n, n, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(functional.pad(x, (0, 1, 0, 1)))                     # right and below, no more
+
+
+class Upsample(nn.Module):
+    """(B, n, H, W) -> (B, n, 2H, 2W): pixels are doubled, then convolved."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.conv = conv(n, n)
+
+    def forward(self, x):
+        return self.conv(functional.interpolate(x, scale_factor=2.0, mode='nearest'))
+
+
+class Stage(nn.Sequential):
+    """Residual blocks at one resolution, n -> m channels, then half or twice that resolution or neither."""
+
+    def __init__(self, n, m, blocks, **resize):
+        resnets = nn.Sequential(Residual(n, m), *(Residual(m, m) for _ in range(blocks - 1)))
+        super().__init__(collections.OrderedDict(
+            resnets=resnets, **{name: nn.Sequential(layer(m)) for name, layer in resize.items()}))
+
+
+class Middle(nn.Module):
+    """The only attention, between two residual blocks."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.attentions = nn.ModuleList([PixelAttention(n)])
+        self.resnets = nn.ModuleList([Residual(n, n), Residual(n, n)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_in = conv(3, 128)
+        self.down_blocks = nn.Sequential(
+            Stage(128, 128, 2, downsamplers=Downsample), Stage(128, 256, 2, downsamplers=Downsample),
+            Stage(256, 512, 2, downsamplers=Downsample), Stage(512, 512, 2))
+        self.mid_block = Middle(512)
+        self.conv_norm_out, self.conv_out = group_norm(512), conv(512, 8)
+
+    def forward(self, x):                                                     # (B, 3, H, W)
+        x = self.conv_in(x)                                                   # (B, 128, H, W)
+        x = self.down_blocks(x)                                               # (B, 512, h, w)
+        x = self.mid_block(x)                                                 # (B, 512, h, w)
+        return self.conv_out(functional.silu(self.conv_norm_out(x)))          # (B, 8, h, w)
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv_in = conv(4, 512)
+        self.mid_block = Middle(512)
+        self.up_blocks = nn.Sequential(
+            Stage(512, 512, 3, upsamplers=Upsample), Stage(512, 512, 3, upsamplers=Upsample),
+            Stage(512, 256, 3, upsamplers=Upsample), Stage(256, 128, 3))
+        self.conv_norm_out, self.conv_out = group_norm(128), conv(128, 3)
+
+    def forward(self, z):                                                     # (B, 4, h, w)
+        x = self.conv_in(z)                                                   # (B, 512, h, w)
+        x = self.mid_block(x)                                                 # (B, 512, h, w)
+        x = self.up_blocks(x)                                                 # (B, 128, H, W)
+        return self.conv_out(functional.silu(self.conv_norm_out(x)))          # (B, 3, H, W)
+
+
+class VAE(nn.Module):
+    """Pictures to moments and latents to pictures, in float32 even where autocast says another.
+
+    `LATENT_SCALE` is not in here: moments and latents are as the autoencoder has them, unscaled.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.quant_conv = Encoder(), nn.Conv2d(8, 8, 1)
+        self.decoder, self.post_quant_conv = Decoder(), nn.Conv2d(4, 4, 1)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> moments (B, 8, h, w): the mean, then the log-variance.
+
+        Raises BadInput unless x is square and its side a multiple of 8.
+        """
+        if x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[2] % VAE_FACTOR or not x.shape[2]:
+            raise BadInput(f'the VAE encodes (B, 3, H, H) with H a multiple of 8, not {tuple(x.shape)}: crop '
+                           f'the pictures, as `python data.py folder` does')
+        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
+            return self.quant_conv(self.encoder(x.to(self.quant_conv.weight)))      # its device, float32
+
+    def decode(self, z):
+        """z (B, 4, h, h) -> x (B, 3, H, H), about [-1, 1]. Raises BadInput for another shape.
+
+        One latent at a time: 512 pixels take about 1 GiB each, and so picture i depends on no batch.
+        """
+        if z.shape[1] != 4 or z.shape[2] != z.shape[3]:
+            raise BadInput(f'the VAE decodes latents (B, 4, h, h), not {tuple(z.shape)}')
+        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
+            z = self.post_quant_conv(z.to(self.quant_conv.weight))            # its device, float32
+            return torch.cat([self.decoder(one) for one in z.split(1)])
+
+
+PUBLISHED_VAE = ('diffusion_pytorch_model.safetensors (334,643,276 bytes) of '
+                 'https://huggingface.co/stabilityai/sd-vae-ft-ema or sd-vae-ft-mse (SHA-256 of -mse: '
+                 'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815)')
+OTHER_NAMES = (                               # of the LDM files, of older diffusers files; today's
+    *((f'.up.{i}.', f'.up_blocks.{3 - i}.') for i in range(4)),               # LDM counts from the pixels
+    ('.down.', '.down_blocks.'),
+    ('.block.', '.resnets.'),
+    ('.upsample.', '.upsamplers.0.'),
+    ('.downsample.', '.downsamplers.0.'),
+    ('.mid.block_1.', '.mid_block.resnets.0.'),
+    ('.mid.block_2.', '.mid_block.resnets.1.'),
+    ('.mid.attn_1.', '.mid_block.attentions.0.'),
+    ('.nin_shortcut.', '.conv_shortcut.'),
+    ('.norm_out.', '.conv_norm_out.'),
+    ('.norm.', '.group_norm.'),
+    ('.q.', '.to_q.'), ('.k.', '.to_k.'), ('.v.', '.to_v.'), ('.proj_out.', '.to_out.0.'),
+    ('.query.', '.to_q.'), ('.key.', '.to_k.'), ('.value.', '.to_v.'), ('.proj_attn.', '.to_out.0.'))
+
+
+def read_vae(path, device='cpu'):
+    """(VAE for inference in float32, SHA-256 of the file) from any of the published files.
+
+    diffusers' (today's and older names) or LDM's, alone or within a Stable Diffusion checkpoint; safetensors
+    or a torch file. Convolutions on a GPU are set to float32 proper, not TF32. Raises BadInput.
+    """
+    try:
+        content = np.memmap(path, np.uint8, 'r') if os.path.getsize(path) else np.zeros(0, np.uint8)
+    except FileNotFoundError:
+        raise BadInput(f'there is no VAE {path}: name one with --vae, such as {PUBLISHED_VAE}') from None
+    except OSError as error:
+        raise BadInput(f'the VAE {path} cannot be read: {error.strerror or error}') from None
+    head = content[:16].tobytes()
+    if head.startswith(b'PK'):
+        weights = read_torch(path)
+    elif head[8:9] == b'{':
+        weights = read_safetensors(path)
+    else:
+        raise BadInput(f'{path} is neither a safetensors nor a torch file, it begins with {head!r}: get '
+                       f'{PUBLISHED_VAE}')
+    with torch.device('meta'):
+        vae = VAE()
+    vae.load_state_dict(to_vae_names(weights, vae.state_dict(), path), assign=True)
+    torch.backends.cudnn.conv.fp32_precision = 'ieee'
+    return vae.to(device).eval().requires_grad_(False), hashlib.sha256(content).hexdigest()
+
+
+UNPACKED = 50                                 # times its own size may a zip file's members have together
+
+
+def printable(name):
+    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
+def points_out(name):
+    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
+    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
+
+
+def open_zip(path):
+    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
+    try:
+        archive = zipfile.ZipFile(path)
+        size, members = os.path.getsize(path), archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
+    for member in members:
+        stored = member.compress_type == zipfile.ZIP_STORED
+        odd = 'points out of it' if points_out(member.filename) else \
+              'is a link' if stat.S_ISLNK(member.external_attr >> 16) else \
+              'is encrypted' if member.flag_bits & 1 else \
+              'lies about its length' if stored and member.file_size != member.compress_size else ''
+        if odd:
+            raise BadInput(f'{path} has a member {printable(member.filename)} that {odd}')
+    if sum(member.compress_size for member in members) > size:
+        raise BadInput(f'{path} has members that overlap or reach beyond its end')
+    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
+        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
+    return archive
+
+
+def read_torch(path):
+    """The dictionary in a file of torch.save, of which no code is run. Raises BadInput."""
+    try:
+        with open_zip(path) as archive:
+            if any(member.compress_type for member in archive.infolist()):
+                raise BadInput(f'{path} is packed, and torch packs nothing: get its .safetensors twin')
+            if broken := archive.testzip():      # torch.load sees no flipped byte; the archive's CRC-32s do
+                raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except BadInput:
+        raise
+    except pickle.UnpicklingError:
+        raise BadInput(f'{path} holds more than tensors, and opening the rest would run code from the file: '
+                       f'get its .safetensors twin') from None
+    except Exception as error:                                         # what torch raises here has many types
+        raise BadInput(f'{path} is truncated or no torch file ({type(error).__name__})') from None
+
+
+def to_vae_names(weights, wanted, path):
+    """The tensors of a published file under our names, in float32, copied. Raises BadInput if they differ
+    from `wanted` in names or shapes."""
+    if isinstance(weights, dict):
+        weights = weights.get('state_dict', weights)
+    theirs = {name: value for name, value in (weights.items() if isinstance(weights, dict) else ())
+              if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    inside = 'first_stage_model.' * any(name.startswith('first_stage_model.') for name in theirs)
+    ours = {}
+    for name, value in theirs.items():
+        if not name.startswith(inside) or name.startswith(('loss.', 'model_ema.'), len(inside)):
+            continue                                          # the rest of Stable Diffusion, or of a training
+        name = name.removeprefix(inside)
+        for old, new in OTHER_NAMES:
+            name = name.replace(old, new)
+        if '.attentions.0.to_' in name and value.ndim == 4:
+            value = value.squeeze((2, 3))                                     # LDM's are convolutions, 1 x 1
+        ours[name] = value
+    lacks, more = [name for name in wanted if name not in ours], [name for name in ours if name not in wanted]
+    odd = [name for name in wanted if name in ours and ours[name].shape != wanted[name].shape]
+    if lacks or more or odd:
+        differ = '; '.join(f'{len(names)} {what}, such as {names[0]}' for what, names in
+                           (('missing', lacks), ('too many', more), ('of other shapes', odd)) if names)
+        raise BadInput(f'{path} is not the f8 KL autoencoder of Stable Diffusion with its {len(wanted)} '
+                       f'tensors, there are {differ} (in the names of diffusers): get {PUBLISHED_VAE}')
+    ours = {name: value.to(torch.float32, copy=True) for name, value in ours.items()}    # off the mapped file
+    wrong = [name for name, value in ours.items() if not value.isfinite().all()]
+    if wrong:
+        raise BadInput(f'{path} holds numbers that are not finite, {wrong[0]} and {len(wrong) - 1} more')
+    return ours
+
+
+SAFE_DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+               'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8,
+               'U8': torch.uint8, 'BOOL': torch.bool}
+SAFE_HEADER = 2_000_000                       # bytes at most; a whole Stable Diffusion has a tenth
+
+
+def read_safetensors(path):
+    """{name: tensor} of a safetensors file: the header's length, a JSON header, raw bytes.
+
+    The tensors lie in the file, mapped and not read until they are used. What the header promises is held
+    against the file's size before anything is mapped or made. Raises BadInput.
+    """
+    def refuse(why):
+        raise BadInput(f'{path} is no whole safetensors file: {why}')
+
+    def once(pairs):                                                          # JSON lets the last one win
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            refuse(f'its header says the same twice, {pairs[0][0][:60]!r} or another')
+        return entries
+
+    try:
+        size = os.path.getsize(path)
+        with open(path, 'rb') as file:
+            length = int.from_bytes(file.read(8), 'little')
+            if length > min(size - 8, SAFE_HEADER):
+                refuse(f'it says that its header has {length:,} bytes, of {size:,} in the file (at most '
+                       f'{SAFE_HEADER:,} are read)')
+            header = json.loads(file.read(length).decode(), object_pairs_hook=once)
+            header.pop('__metadata__', None)
+        content = np.memmap(path, np.uint8, 'c', offset=8 + length, shape=size - 8 - length) \
+            if size > 8 + length else np.zeros(0, np.uint8)
+    except BadInput:
+        raise
+    except OSError as error:
+        raise BadInput(f'{path} cannot be read: {error.strerror or error}') from None
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        refuse('its header is not a JSON object')
+
+    places = {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = SAFE_DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
+            sound = type(shape) is list and len(shape) <= 8 and all(
+                type(n) is int and 0 <= n <= size for n in (*shape, begin, end))
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound or end - begin != math.prod(shape) * dtype.itemsize:
+            refuse(f'of {name[:60]!r} its header says {str(entry)[:100]}, where type, shape and bytes do not '
+                   f'agree')
+        places[name] = begin, end, dtype, shape
+    tensors, at = {}, 0
+    for name, (begin, end, dtype, shape) in sorted(places.items(), key=lambda item: item[1][:2]):
+        if begin != at or end > len(content):
+            refuse(f'the bytes of {name[:60]!r} are {begin:,} to {end:,}, those before it end at {at:,}, and '
+                   f'all at {len(content):,}')
+        raw, at = torch.from_numpy(content[begin:end]), end
+        raw = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()    # the format aligns nothing
+        tensors[name] = raw.view(dtype).reshape(shape)
+    if at != len(content):
+        refuse(f'its header tells of {at:,} bytes, and there are {len(content):,}')
+    return tensors
+
+
 # ------------------------------------------------------------------------------------------------ pictures
 #
 # One file -> RGB as a viewer shows it. ADM's preparation, by which FID references were made, differs for a
@@ -782,6 +816,7 @@ def central_square(array):
 
 
 def as_it_is(image, size):
+    """The crop of pictures that others have prepared: none. Raises BadInput for another size."""
     if image.size != (size, size):
         raise BadInput(f'not {size} x {size} like the first: {image.width} x {image.height}')
     return image
@@ -840,11 +875,6 @@ def read_picture(file, size, crop=center_crop):
         return f'damaged or not to be read: {getattr(error, "strerror", None) or error}'
 
 
-def printable(name):
-    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
-
-
 # ------------------------------------------------------------------------------------------------- prepare
 #
 # OUT.partial/chunks/plan.json      what is made; a restart must want the same
@@ -856,7 +886,7 @@ def printable(name):
 # place in a batch of the encoder are the same for any number of processes and restarts: so are its bytes.
 
 CHUNK = 256                                   # pictures; at 256 pixels 4 MB of moments
-BATCH = {'cpu': 4, 'cuda': 32}                # pictures that a VAE encodes at a time; CHUNK is a multiple
+BATCH = {'cpu': 4, 'cuda': 32}                # pictures that a VAE encodes at a time; of 512 pixels a quarter
 
 
 def where_am_i():
@@ -867,7 +897,7 @@ def where_am_i():
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():                       # the slowest is waited for
-        dist.init_process_group('gloo', timeout=datetime.timedelta(days=7))
+        dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
     return rank, world, device
 
 
@@ -905,10 +935,12 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
     Raises BadInput; where the disk fails, what is done is kept for the next try.
     """
     rank, world, device = where_am_i()
-    out, partial = pathlib.Path(out), pathlib.Path(f'{out}.partial')
+    out = pathlib.Path(out)                                                   # without a slash at its end
+    partial = pathlib.Path(f'{out}.partial')
     side = size // VAE_FACTOR
     shape, dtype = ((8, side, side), 'float16') if encode else ((3, size, size), 'uint8')
     row = math.prod(shape) * np.dtype(dtype).itemsize
+    batch = max(1, min(BATCH[device.type], BATCH[device.type] * 256 ** 2 // size ** 2))
     order = np.random.default_rng(seed).permutation(len(found))
     chunks = [[found[i] for i in order[at:at + CHUNK]] for at in range(0, len(found), CHUNK)]
     listing = hashlib.sha256(os.fsencode('\0'.join(f'{name}\0{label}' for name, label in found)))
@@ -926,11 +958,9 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
         hold.enter_context(warnings.catch_warnings())
         warnings.simplefilter('ignore')                                       # Pillow's: the summary tells
         try:
-            work(partial / 'chunks', mine, read, encode, BATCH[device.type], shape, dtype, meta, workers, bar)
-        except OSError as error:
-            mistake = failed(error)
-        except BadInput as error:
-            mistake = error
+            work(partial / 'chunks', mine, read, encode, batch, shape, dtype, meta, workers, bar)
+        except (OSError, BadInput) as error:
+            mistake = error if isinstance(error, BadInput) else failed(error)
         bar.close()
         agree(mistake, world)
         if rank:
@@ -986,7 +1016,7 @@ def work(folder, chunks, read, encode, batch, shape, dtype, meta, workers, bar):
     try:
         numbers = list(chunks)
         coming = queue(numbers[0]) if numbers else ()
-        for k, after in itertools.zip_longest(numbers, numbers[1:]):
+        for k, after in zip(numbers, [*numbers[1:], None]):
             answers, coming = coming, queue(after) if after else ()
             labels, skipped, done, pictures = [], [], collections.Counter(), []
             for (name, label), answer in zip(chunks[k], (future.result() for future in answers)):
@@ -1057,11 +1087,14 @@ def gather(partial, count, dtype, shape, meta, skipped, seed):
 
 def already_there(out):
     """Refuse an `out` that exists; True for one that was killed while it tidied up, which this does now."""
-    if not os.path.exists(out):
+    if not os.path.lexists(out):
         return False
-    if not os.path.exists(f'{out}/chunks') or not os.path.exists(f'{out}/meta.json'):
+    chunks = pathlib.Path(out, 'chunks')
+    ours = chunks.is_dir() and os.path.exists(f'{out}/meta.json') and all(
+        re.fullmatch(r'\d{6,}\.chunk|plan\.json|lock', path.name) for path in chunks.iterdir())
+    if not ours:
         raise BadInput(f'{out} exists already: remove it, or choose another --out')
-    shutil.rmtree(f'{out}/chunks')
+    shutil.rmtree(chunks)
     print(f'{printable(out)} was complete')
     return True
 
@@ -1072,9 +1105,9 @@ def tell(out, meta, each):
     skipped = f', {meta["skipped"]:,} skipped' if 'skipped' in meta else ''
     print(f'{printable(out)}: {meta["count"]:,} {kind} of {each}, {meta["classes"] or "no"} classes'
           f'{skipped}; a look at them: preview.png in it')
-    for what, name in (('mean', 'mean'), ('standard deviation', 'std')):
-        print(f'{what} of the channels: ' + ', '.join(f'{value:.3f}' for value in meta[name])
-              + ' (train.py takes 0.5, unless --sigma-data says another)' * (name == 'std'))
+    mean, std = (', '.join(f'{value:.3f}' for value in meta[name]) for name in ('mean', 'std'))
+    print(f'mean of the channels: {mean}')
+    print(f'standard deviation of the channels: {std} (train.py takes 0.5, unless --sigma-data says another)')
 
 
 # ------------------------------------------------------------------------------------------------- folder
@@ -1163,11 +1196,6 @@ def encode_pictures(vae, device, pictures):
 CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 CIFAR_MD5 = {'c58f30108f718f92721af3b95e74349a': 'python', 'c32a1d4ab5d03f1284b67883e8d87530': 'binary'}
 CIFAR_BYTES = 250_000_000                     # the archives hold 186 MB
-
-
-def points_out(name):
-    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
-    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
 
 
 class Bounded(io.RawIOBase):
@@ -1340,32 +1368,6 @@ def make_celeba(source, out, size, crop, attribute, workers):
 # ------------------------------------------------------------------------------------------------- import
 
 MAX_BYTES = 2 ** 27                           # of a picture in a zip file
-UNPACKED = 50                                 # times its own size may a zip file's members have together
-
-
-def open_zip(path):
-    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
-    try:
-        archive = zipfile.ZipFile(path)
-        size, members = os.path.getsize(path), archive.infolist()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        why = getattr(error, 'strerror', None) or error
-        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
-    for member in members:
-        name = printable(member.filename)
-        if points_out(member.filename):
-            raise BadInput(f'{path} has a member {name} that points out of it')
-        if stat.S_ISLNK(member.external_attr >> 16):
-            raise BadInput(f'{path} has a member {name} that is a link')
-        if member.flag_bits & 1:
-            raise BadInput(f'{path} has a member {name} that is encrypted')
-        if member.compress_type == zipfile.ZIP_STORED and member.file_size != member.compress_size:
-            raise BadInput(f'{path} has a member {name} that lies about its length')
-    if sum(member.compress_size for member in members) > size:
-        raise BadInput(f'{path} has members that overlap or reach beyond its end')
-    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
-        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
-    return archive
 
 
 def open_tree(source):
@@ -1423,12 +1425,9 @@ def dataset_labels(source, names):
     """Labels (N,) of the files `names`, or None, by EDM's dataset.json: {"labels": [[name, class], ...]}."""
     most = 1000 + 200 * len(names)                                            # bytes; an entry has about 50
     try:
-        if os.path.isdir(source):
-            with open(os.path.join(source, 'dataset.json'), 'rb') as file:
-                content = file.read(most + 1)
-        else:
-            with open_zip(source) as archive, archive.open('dataset.json') as file:
-                content = file.read(most + 1)
+        with open(os.path.join(source, 'dataset.json'), 'rb') if os.path.isdir(source) \
+                else open_zip(source).open('dataset.json') as file:
+            content = file.read(most + 1)
         if len(content) > most:
             raise ValueError(f'more than {most:,} bytes')
         pairs = json.loads(content)['labels']
@@ -1436,7 +1435,7 @@ def dataset_labels(source, names):
             return None
         labels = {name: label for name, label in pairs}
         found = [labels[name] for name in names]
-        if not all(type(label) is int and 0 <= label < 2 ** 31 for label in found):
+        if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in found):
             raise TypeError('labels must be class numbers')
         return np.array(found)
     except Exception as error:                                                # JSON and zip raise many things
@@ -1487,8 +1486,6 @@ def find_layout(look, layout):
     """(layout, how it is known) of rows: pixels, mean-logvar, mean-std or sampled. Raises BadInput."""
     C = look.shape[1]
     if look.dtype == np.uint8:
-        if layout:
-            raise BadInput(f'--layout {layout} is for latents, and these are pictures')
         return 'pixels', 'uint8'
     if layout and layout != 'sampled' and C % 2:
         raise BadInput(f'--layout {layout} needs an even number of channels, and there are {C}')
@@ -1506,6 +1503,10 @@ def find_layout(look, layout):
 
 def make_import(source, out, layout, scale, workers, seed=0):
     """Copy what another repository has prepared; see the docstring of this file. Raises BadInput."""
+    def pictures_take_no_flags():
+        if layout or scale is not None:
+            raise BadInput('--layout and --scale are for latents, and these are pictures')
+
     path = pathlib.Path(source)
     if not os.path.exists(path):
         raise BadInput(f'there is no {source}')
@@ -1513,7 +1514,8 @@ def make_import(source, out, layout, scale, workers, seed=0):
         names, opened = open_tree(source)
         pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
         if pictures and 'dataset.json' in names:
-            return import_pictures(source, pictures, opened, out, layout, workers)
+            pictures_take_no_flags()
+            return import_pictures(source, pictures, opened, out, workers)
     if int(os.environ.get('RANK', 0)):
         return None
     what, count, row, labels = open_arrays(source)
@@ -1524,18 +1526,22 @@ def make_import(source, out, layout, scale, workers, seed=0):
     shape = first.shape[first.ndim == 4:]                                     # fast-DiT's are (1, C, h, w)
     if len(shape) != 3 or shape[1] != shape[2]:
         raise BadInput(f'{source} holds rows {first.shape}: expected (C, h, h)')
+    if first.dtype == np.uint8:
+        pictures_take_no_flags()
 
     def get(i):
         found = row(i)
-        if found.size != math.prod(shape) or found.shape[-3:] != shape:
-            raise BadInput(f'{source} holds rows {found.shape} and {first.shape}: all must be alike')
+        if found.dtype != first.dtype or found.size != math.prod(shape) or found.shape[-3:] != shape:
+            raise BadInput(f'{source} holds rows {first.dtype} {first.shape} and {found.dtype} '
+                           f'{found.shape}: all must be alike')
         return np.asarray(found).reshape(shape)
 
     layout, why = find_layout(np.stack([get(i) for i in order[:100]]), layout)
-    classes = 0 if labels is None else int(np.max(labels)) + 1
-    labels = np.zeros(count, np.int64) if labels is None else np.asarray(labels)
-    if labels.shape != (count,) or labels.dtype.kind not in 'iu' or labels.min() < 0 or classes > 2 ** 31:
-        raise BadInput(f'{source} holds labels {labels.dtype} {labels.shape}: expected {count:,} from 0 up')
+    if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in 'iu' or labels.min() < 0
+                               or labels.max() >= MOST_CLASSES):
+        raise BadInput(f'{source} holds labels {labels.dtype} {labels.shape}: expected {count:,} class '
+                       f'numbers from 0 and below a million')
+    classes = 0 if labels is None else int(labels.max()) + 1
     print(f'{printable(source)}: {what}, {count:,} rows of {first.dtype} {shape}, {classes or "no"} classes')
     print(f'layout {layout}: {why}')
     moments = layout.startswith('mean')
@@ -1556,10 +1562,11 @@ def make_import(source, out, layout, scale, workers, seed=0):
                 x = x.astype(dtype)
             if not np.isfinite(x).all():
                 raise BadInput(f'{source}: row {i} holds numbers that are not finite in {dtype}')
-            yield x, int(labels[i])
+            yield x, 0 if labels is None else int(labels[i])
 
     meta = {'kind': kind, 'classes': classes, 'source': f'import of {what}, {layout}'}
-    meta |= {'scale': LATENT_SCALE if scale is None else scale} if kind != 'images' else {}
+    if kind != 'images':
+        meta['scale'] = LATENT_SCALE if scale is None else scale
     meta = save_folder(out, rows(), dtype, shape, meta, seed, count)
     tell(out, meta, ' x '.join(map(str, shape)))
     std = np.mean(meta['std'])
@@ -1568,13 +1575,11 @@ def make_import(source, out, layout, scale, workers, seed=0):
               f'what it is multiplied by')
 
 
-def import_pictures(source, names, opened, out, layout, workers):
+def import_pictures(source, names, opened, out, workers):
     """EDM's layout of pictures: a folder or zip file of them, all as large as the first, and dataset.json."""
     rank, world, _ = where_am_i()
 
     def find():
-        if layout:
-            raise BadInput(f'--layout {layout} is for latents, and these are pictures')
         labels = dataset_labels(source, names)
         try:
             first = opened(names[0])
@@ -1598,37 +1603,38 @@ def import_pictures(source, names, opened, out, layout, workers):
 # ------------------------------------------------------------------------------------------- command line
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description='Prepare a data folder.', allow_abbrev=False)
+    parser = argparse.ArgumentParser(description='Prepare a data folder.', allow_abbrev=False,
+                                     epilog='`data.py folder --help` tells the flags of `folder`, and so on.')
     sub = parser.add_subparsers(dest='what', required=True)
-
-    def command(name, out, **about):
-        made = sub.add_parser(name, allow_abbrev=False, **about)
-        made.add_argument('--out', default=out, help=f'folder to make ({out})')
-        return made.add_argument
-    flag = command('shapes', 'shapes', help='10 classes of drawn shapes')
-    flag('--size', type=int, default=SHAPES_SIZE, help='pixels a side')
-    flag('--n', type=int, default=SHAPES_COUNT, help='number of pictures')
-    flag('--seed', type=int, default=0)
     threads = max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    flag = command('folder', 'data', help='a tree of pictures')
-    flag('source', help='one sub-folder a class, or none')
-    flag('--size', type=int, required=True, help='pixels a side')
-    flag('--vae', metavar='FILE', help="store moments of Stable Diffusion's VAE")
-    flag('--workers', type=int, default=threads, help='threads that read pictures, each process')
-    flag = command('cifar10', 'cifar10', help='CIFAR-10')
-    flag('source', help='archive, python or binary version, or what is in it')
-    flag = command('celeba', 'celeba', help='CelebA, aligned')
-    flag('source', help='img_align_celeba.zip, or the folder in it')
-    flag('--size', type=int, default=64, help='pixels a side')
+
+    def command(name, about, out, source=None, workers=True):
+        made = sub.add_parser(name, help=about, description=f'Prepare {about}.', allow_abbrev=False)
+        if source:
+            made.add_argument('source', help=source)
+        made.add_argument('--out', type=pathlib.Path, default=out, help=f'folder to make ({out})')
+        if workers:
+            made.add_argument('--workers', type=int, default=threads,
+                              help=f'threads that read pictures, each process ({threads})')
+        return made.add_argument
+    flag = command('shapes', '10 classes of drawn shapes', 'shapes', workers=False)
+    flag('--size', type=int, default=SHAPES_SIZE, help=f'pixels a side ({SHAPES_SIZE})')
+    flag('--n', type=int, default=SHAPES_COUNT, help=f'number of pictures ({SHAPES_COUNT})')
+    flag('--seed', type=int, default=0, help='another one draws other shapes (0)')
+    flag = command('folder', 'a tree of pictures', 'data', 'one sub-folder a class, or none')
+    flag('--size', type=int, required=True, help='pixels a side, to which pictures are cut and scaled')
+    flag('--vae', metavar='FILE', help="store moments of this file, Stable Diffusion's VAE, and no pixels")
+    command('cifar10', 'CIFAR-10', 'cifar10', 'archive, python or binary version, or what is in it', False)
+    flag = command('celeba', 'CelebA, aligned', 'celeba', 'img_align_celeba.zip, or the folder in it')
+    flag('--size', type=int, default=64, help='pixels a side (64)')
     flag('--crop', type=int, nargs=3, default=(128, 89, 121), metavar=('SIDE', 'X', 'Y'),
          help='square around a centre, in pixels (128 89 121)')
-    flag('--attribute', help='one of list_attr_celeba.txt, as the class')
-    flag('--workers', type=int, default=threads, help='threads that read pictures, each process')
-    flag = command('import', 'data', help='what another repository has prepared')
-    flag('source', help='folder, .zip, .npz or .npy')
-    flag('--layout', choices=('mean-logvar', 'mean-std', 'sampled'), help='of latents (looked at)')
-    flag('--scale', type=float, help=f'what latents are multiplied by ({LATENT_SCALE}; samples have been)')
-    flag('--workers', type=int, default=threads, help='threads that read pictures, each process')
+    flag('--attribute', help='one of list_attr_celeba.txt, as the class (none: no classes)')
+    flag = command('import', 'what another repository has prepared', 'data', 'folder, .zip, .npz or .npy')
+    flag('--layout', choices=('mean-logvar', 'mean-std', 'sampled'),
+         help='what the channels of latents are (told by a look at some)')
+    flag('--scale', type=float, help=f'what latents are multiplied by ({LATENT_SCALE}, as sampled ones are '
+         f'taken to have been)')
     return parser.parse_args(argv)
 
 

@@ -416,6 +416,19 @@ def test_a_finished_folder_is_not_touched(many, tmp_path):
     before = contents(tmp_path)
     assert 'exists already' in refused('folder', many / 'src', '--out', tmp_path / 'out', '--size', 4)
     assert contents(tmp_path) == before
+    (tmp_path / 'out' / 'chunks').mkdir()  # of another program, that has its own meta.json too
+    (tmp_path / 'out' / 'chunks' / 'mine.txt').write_text('precious')
+    before = contents(tmp_path)
+    assert 'exists already' in refused('folder', many / 'src', '--out', tmp_path / 'out', '--size', 4)
+    assert contents(tmp_path) == before
+
+
+def test_a_slash_after_the_folder_changes_nothing(tree, tmp_path, monkeypatch):
+    """With it, OUT.partial would lie within OUT, which could then never get its name."""
+    monkeypatch.chdir(tmp_path)
+    assert prepare('folder', tree, '--out', 'made/', '--size', 8).count == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['made', 'src']
+    assert ' exists already' in refused('folder', tree, '--out', '', '--size', 8)
 
 
 @pytest.fixture
@@ -1033,6 +1046,8 @@ def test_import_of_adms_pictures(tmp_path, capsys):
     assert 'layout pixels: uint8' in capsys.readouterr().out
     told = refused('import', tmp_path / 'src.npz', '--out', tmp_path / 'no', '--layout', 'sampled')
     assert 'for latents, and these are pictures' in told
+    told = refused('import', tmp_path / 'src.npz', '--out', tmp_path / 'no', '--scale', 0.5)
+    assert 'for latents, and these are pictures' in told
 
 
 @pytest.mark.parametrize('packed', [False, True])
@@ -1049,7 +1064,8 @@ def test_import_of_edms_pictures(packed, tmp_path, capsys):
     told = capsys.readouterr().out
     assert 'img00000020.png: not 6 x 6 like the first: 7 x 6' in told
     assert '40 pictures 6 x 6, 5 classes' in told
-    assert 'for latents' in refused('import', source, '--out', tmp_path / 'no', '--layout', 'sampled')
+    for flags in (('--layout', 'sampled'), ('--scale', 0.5)):
+        assert 'for latents' in refused('import', source, '--out', tmp_path / 'no', *flags)
 
 
 # ------------------------------------------------------------------------------------------- hostile files
@@ -1135,7 +1151,8 @@ def hostile(what, folder):
         np.savez(path, mu=np.zeros(3))
         return path, 'holds no arr_0 or latents'
     labels = {'npz with labels below 0': [-1, 0], 'npz with too few labels': [0],
-              'npz with odd labels': [0.5, 1]}
+              'npz with odd labels': [0.5, 1], 'npz with labels of NaN': [np.nan, 1],
+              'npz with a label of a million': [0, 10**6]}
     if what in labels:
         np.savez(path, arr_0=np.zeros((2, 4, 1, 1)), arr_1=np.array(labels[what]))
         return path, 'holds labels'
@@ -1150,6 +1167,10 @@ def hostile(what, folder):
     if what == 'features of two sizes':
         source = save_fast_dit(folder / 'some', np.zeros((5, 4, 1, 1)), np.zeros(5, int))
         np.save(source / 'imagenet256_features' / '3.npy', np.zeros((1, 4, 2, 2)))
+        return source, 'all must be alike'
+    if what == 'features of two types':  # as bytes, the others would wrap around
+        source = save_fast_dit(folder / 'some', np.zeros((5, 4, 1, 1), np.uint8), np.zeros(5, int))
+        np.save(source / 'imagenet256_features' / '3.npy', np.full((1, 4, 1, 1), 300.5))
         return source, 'all must be alike'
     source = save_edm(folder / 'some', np.zeros((3, 8, 1, 1)), [0, 1, 2])
     pairs = json.loads((source / 'dataset.json').read_text())['labels']
@@ -1173,7 +1194,9 @@ HOSTILE = [
     'npy of terabytes', 'npy of negative sizes', 'npy with a long header', 'npy with deep brackets',
     'npy that calls', 'npy empty', 'npy of a web page', 'npy with NaN', 'npy of one', 'npy of 2 dimensions',
     'npy not square', 'npz of other things', 'npz with labels below 0', 'npz with too few labels',
-    'npz with odd labels', 'folder of others', 'features with a label less', 'features of two sizes',
+    'npz with odd labels', 'npz with labels of NaN', 'npz with a label of a million',
+    'folder of others', 'features with a label less', 'features of two sizes',
+    'features of two types',
     'json of vectors', 'json that lacks one', 'json too long', 'json of brackets', 'json of a list',
     'json below 0',
 ]

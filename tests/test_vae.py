@@ -312,7 +312,7 @@ def test_a_picture_depends_on_no_batch(vae):
 
 def round_trip(vae, size):
     """A real picture to moments and back: the shapes, and that the picture's content matters."""
-    picture = data.read_picture(ROOT / 'assets' / 'laptop.png', size)
+    picture, _ = data.read_picture(ROOT / 'assets' / 'laptop.png', size)
     x = torch.from_numpy(picture.copy())[None] / 127.5 - 1
     moments = vae.encode(x)
     assert moments.shape == (1, 8, size // 8, size // 8)
@@ -539,7 +539,7 @@ def test_damaged_torch_files(tmp_path):
     whole = (tmp_path / 'x.pt').read_bytes()
     flipped = bytearray(whole)
     flipped[whole.index(struct.pack('<f', 5000.0))] ^= 1
-    for content, words in ((flipped, 'checksum'), (whole[:-500], 'truncated'), (whole[:2000], 'truncated')):
+    for content, words in ((flipped, 'checksum'), (whole[:-500], 'cut short'), (whole[:2000], 'cut short')):
         (tmp_path / 'x.pt').write_bytes(content)
         with pytest.raises(data.BadInput, match=words):
             data.read_vae(tmp_path / 'x.pt')
