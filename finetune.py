@@ -51,7 +51,7 @@ def tunable(weights):
 def main(argv=None):
     args = parse(argv)
     state = model.read_checkpoint(args.checkpoint)
-    _, trained = model.build_net(state, args.checkpoint)                      # or it is refused
+    trained = model.build_net(state, args.checkpoint)[1]                      # or it is refused
     if 'model' not in state:
         raise BadInput(f'{args.checkpoint} holds the EMA weights alone (--export): tuning continues `model` '
                        f'as well, so give a checkpoint of train.py')

@@ -433,6 +433,7 @@ class EMAEncoder(nn.Module):
 def compile_blocks(net):
     """Compile each block of a network or a teacher in its place, for one graph a shape: blocks of the same
     shapes share it. Names of parameters stay, and a copy of the network is not compiled."""
+    torch._dynamo.config.optimize_ddp = False     # or DistributedDataParallel has each block cut in pieces
     for module in net.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)
@@ -786,8 +787,8 @@ METHODS = {
 
 def read_checkpoint(path):
     """The dictionary in a checkpoint: `ema`, `step`, `config`, and where training left them `model`,
-    `teacher`, `opt`. Published weights of MaskDiT, DiT and MDT are translated. Never runs code from the file.
-    Raises BadInput with what is wrong."""
+    `teacher`, `opt`, `loss_scale`. Published weights of MaskDiT, DiT and MDT are translated. Never runs code
+    from the file. Raises BadInput with what is wrong."""
     try:
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()

@@ -7,12 +7,12 @@
 Several nodes: the same, with torchrun's --nnodes and --rdzv_endpoint. Without GPUs it trains on the CPU.
 
 Writes, all in --out:
-    0010000.pt             `model`, `ema`, `teacher`, `opt`, `step`, `config`; the last two are kept
+    0010000.pt             `model`, `ema`, `teacher`, `opt`, `loss_scale`, `step`, `config`; two are kept
     log.jsonl              the header, then a line every --log-every steps and one every --eval-every
     samples-0010000.png    what the EMA weights make of the same noise, each time
 Run the same command again to resume: all randomness is a function of (seed, step, purpose), and no
 generator's state is stored. SIGTERM or Ctrl-C finishes the step, writes a checkpoint and exits with 128 + the
-signal's number; a second one exits at once. torchrun itself answers 1, and leaves its processes 30 seconds
+signal's number; a second one, a second later, exits at once. torchrun itself answers 1, and leaves its processes 30 seconds
 (--shutdown-timeout): give it as long as a checkpoint takes to write. With torchrun's --max-restarts a process
 that dies costs the steps since the last checkpoint.
 """
@@ -172,7 +172,9 @@ def save(path, state):
         os.close(entry)
     except (OSError, RuntimeError) as error:                              # torch hides an OSError in it
         error = error if isinstance(error, OSError) else error.__context__
-        raise BadInput(f'cannot write {path}: {getattr(error, "strerror", error)} ({need / 1e6:,.1f} MB are '
+        if not isinstance(error, OSError):                                    # a GPU's error is no full disk
+            raise
+        raise BadInput(f'cannot write {path}: {error.strerror} ({need / 1e6:,.1f} MB are '
                        f'needed and {free / 1e6:,.1f} MB were free); make room, what was written before is '
                        f'whole') from None
     finally:
@@ -289,7 +291,11 @@ def where_am_i(minutes):
     rank, world = int(env.get('RANK', 0)), int(env.get('WORLD_SIZE', 1))
     device = torch.device('cpu')
     if torch.cuda.is_available():
-        device = torch.device('cuda', int(env.get('LOCAL_RANK', 0)))
+        local, gpus = int(env.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise BadInput(f'process {local} of this machine, counted from 0, has no GPU, for there are '
+                           f'{gpus}: type --nproc_per_node {gpus}')
+        device = torch.device('cuda', local)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')                            # TF32 for what stays in float32
     if world > 1 and not dist.is_initialized():
@@ -336,21 +342,26 @@ def alone_in(out):
         os.close(folder)
 
 
+SAME_SIGNAL = 1.0                             # seconds: schedulers signal torchrun and its processes, to
+                                              # which torchrun passes on its own, so they get two for one
+
+
 @contextlib.contextmanager
 def heed_signals(world, minutes):
     """A function that says which signal asked to stop, 0 for none: the same answer on all processes."""
-    asked = []
+    asked = []                                                                # (signal, when)
 
     def on_signal(number, frame):
-        if asked:
+        now = time.monotonic()
+        if asked and now - asked[0][1] > SAME_SIGNAL:
             os._exit(128 + number)
-        asked.append(number)
+        asked.append((number, now))
     group = None
     if world > 1:                                                             # gloo: never waits for a GPU
         group = dist.new_group(backend='gloo', timeout=datetime.timedelta(minutes=minutes))
 
     def agreed():
-        number = torch.tensor(asked[:1] or [0])
+        number = torch.tensor(asked[0][0] if asked else 0)
         if group:
             dist.all_reduce(number, dist.ReduceOp.MAX, group)
         return number.item()
@@ -555,7 +566,6 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             why = str(error).strip().splitlines()[-1:]
             raise BadInput(f'{path} does not fit its own configuration ({type(error).__name__}: '
                            f'{"".join(why).strip()[:200]}): remove it to go on from the one before') from None
-    del state
     net.checkpoint_blocks = args.checkpoint_blocks
     if args.compile:
         model.compile_blocks(net)
@@ -564,7 +574,7 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
     student = net
     if world > 1:
         student = DistributedDataParallel(net, [device] if device.type == 'cuda' else None,
-                                          gradient_as_bucket_view=True, broadcast_buffers=False)
+                                          gradient_as_bucket_view=True)
 
     # the header, which is the first line of the log as well
     hardware = f'CPU, {torch.get_num_threads()} threads'
@@ -629,7 +639,8 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
                     'opt': optimizer.state_dict(), 'loss_scale': loss_scale, 'step': step, 'config': cfg})
                 for old in checkpoints(out)[:-2]:
                     if not args.keep_every or int(old.stem) % args.keep_every:
-                        old.unlink()
+                        with contextlib.suppress(OSError):                    # it may stay, or be gone
+                            old.unlink()
             except BadInput as error:
                 mistake = error
         return agree(mistake, world, device)
@@ -689,8 +700,8 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
         history.append(torch.stack(list(numbers.values())))
 
         step += 1                                                             # from here: steps done
-        done = step == args.steps
-        if step % args.log_every == 0 or done:
+        done, stop = step == args.steps, stopped_by()
+        if step % args.log_every == 0 or done or stop:
             table = torch.stack(history)                                      # the only wait for the device
             good = table[:, -1].isfinite()
             means = table[good].mean(0)
@@ -711,10 +722,9 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
                 tqdm.write(f'step {step}/{args.steps}  {losses}'
                            f'  {speed:.3g} images/s  {f"{days} d " if days else ""}{left} left')
             history, clock = [], time.perf_counter()
+        paused = time.perf_counter()
         if step % args.eval_every == 0 or done:
             now_and_then(step)
-            clock = time.perf_counter()
-        stop = stopped_by()
         if step % args.save_every == 0 or done or stop or owed and step % args.log_every == 0:
             mistake = checkpoint(step)
             if mistake and (done or stop):
@@ -722,7 +732,7 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             if mistake and rank == 0:
                 tqdm.write(f'{mistake}; training goes on, and tries again at each line of the log')
             owed = mistake is not None
-            clock = time.perf_counter()
+        clock += time.perf_counter() - paused                                 # steps are timed, and no more
         if stop and not done:
             if rank == 0:
                 tqdm.write(f'stopped by {signal.Signals(stop).name} after step {step}, with a checkpoint: '

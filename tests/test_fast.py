@@ -314,6 +314,28 @@ def test_compiled_agrees_with_eager_float32(method):
     assert counters['stats']['unique_graphs'] == GRAPHS[method]
 
 
+def test_several_processes_compile_each_block_whole(monkeypatch):
+    """DistributedDataParallel would cut a block where its parameters fill a bucket of the gradients' sum."""
+    graphs, compile_ = [], torch.nn.Module.compile
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(model.Block, 'compile', lambda block, **how: compile_(block, backend=count, **how))
+    torch._dynamo.reset()
+    net, _ = build(config('maskdit'), torch.float32)
+    model.compile_blocks(net)
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        student = torch.nn.parallel.DistributedDataParallel(net, bucket_cap_mb=0.1)
+        x, y = images(config(), 8, torch.float32)
+        model.maskdit_loss(student, None, x, y, draws(config(), 8, dtype=torch.float32), config('maskdit'))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == GRAPHS['maskdit']
+
+
 def test_a_compiled_network_keeps_its_names_and_its_copy_is_not_compiled():
     net = model.Net(config())
     names = list(net.state_dict())

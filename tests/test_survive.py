@@ -297,11 +297,29 @@ def test_a_second_signal_exits_at_once(shapes, tmp_path):
         assert child.is_alive()
     time.sleep(0.3)
     os.kill(child.pid, signal.SIGTERM)
-    time.sleep(0.3)
+    time.sleep(1.2 * train.SAME_SIGNAL)
     assert child.is_alive()                                                   # the step is not finished
     os.kill(child.pid, signal.SIGTERM)
     child.join(10)
     assert child.exitcode == 128 + signal.SIGTERM
+
+
+def signalled_twice(folder, out):
+    def twice():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+    at_steps(pytest.MonkeyPatch(), {2: twice})
+    run(folder, out, '--steps', '9', '--log-every', '9')
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(shapes, tmp_path):
+    """A scheduler signals torchrun and its processes, and torchrun passes on its own. What was not yet in the
+    log is written too."""
+    child = beside(signalled_twice, shapes, tmp_path)
+    child.join(60)
+    assert child.exitcode == 128 + signal.SIGTERM and whole(tmp_path / '0000003.pt')['step'] == 3
+    assert [line['step'] for line in lines(tmp_path)] == [3]
 
 
 def test_handlers_are_put_back(shapes, tmp_path):
@@ -377,6 +395,15 @@ def test_a_checkpoint_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):
     words = r'No space left on device \(4.0 MB are needed and 3.0 MB were free'
     with pytest.raises(model.BadInput, match=words):
         train.save(tmp_path / 'x.pt', state)
+
+
+def test_what_a_gpu_reports_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def broken(state, file):
+        raise RuntimeError('CUDA error: an illegal memory access was encountered')
+    monkeypatch.setattr(torch, 'save', broken)
+    with pytest.raises(RuntimeError, match='illegal memory access'):
+        train.save(tmp_path / 'x.pt', {'step': 4})
+    assert not list(tmp_path.iterdir())
 
 
 def test_lines_that_a_full_disk_refuses_wait(shapes, tmp_path, monkeypatch, room, capsys):

@@ -129,6 +129,31 @@ def test_compiled_blocks_train_as_eager_ones_do(shapes, tmp_path):
     assert one == pytest.approx(two, rel=1e-5)
 
 
+def test_speed_counts_steps_and_not_what_comes_between(shapes, tmp_path, monkeypatch):
+    """On a clock that goes a second a step, and an hour while a loss is measured or a checkpoint written."""
+    clock, parts = [0.0], {'draw': (model, 1), 'evaluate': (train, 3600), 'save': (train, 3600)}
+
+    def slow(function, seconds):
+        def slowed(*args):
+            clock[0] += seconds
+            return function(*args)
+        return slowed
+
+    for name, (module, seconds) in parts.items():
+        monkeypatch.setattr(module, name, slow(getattr(module, name), seconds))
+    monkeypatch.setattr(train.time, 'perf_counter', lambda: clock[0])
+    run(shapes, tmp_path, '--steps', '9', '--log-every', '4', '--eval-every', '3', '--save-every', '2')
+    assert [line['images_per_s'] for line in lines(tmp_path)] == [8, 8, 8]
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(model.BadInput, match='process 2 .* type --nproc_per_node 2'):
+        train.where_am_i(10)
+
+
 def test_losses_fall(shapes, tmp_path):
     run(shapes, tmp_path, '--steps', '60', '--batch', '16', '--lr', '2e-3')
     loss = [line['clean'] for line in lines(tmp_path)]
