@@ -12,9 +12,9 @@ Writes, all in --out:
     samples-0010000.png    what the EMA weights make of the same noise, each time
 Run the same command again to resume: all randomness is a function of (seed, step, purpose), and no
 generator's state is stored. SIGTERM or Ctrl-C finishes the step, writes a checkpoint and exits with 128 + the
-signal's number; a second one, a second later, exits at once. torchrun itself answers 1, and leaves its processes 30 seconds
-(--shutdown-timeout): give it as long as a checkpoint takes to write. With torchrun's --max-restarts a process
-that dies costs the steps since the last checkpoint.
+signal's number; another one, a second later or more, exits at once. torchrun itself answers 1, and leaves its
+processes 30 seconds (--shutdown-timeout): give it as long as a checkpoint takes to write. With torchrun's
+--max-restarts a process that dies costs the steps since the last checkpoint.
 """
 
 import argparse
@@ -663,7 +663,7 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
         step, rows = at
         tensors = dataset.rows(images_of(step)[rows])
         if device.type == 'cuda':
-            torch.cuda.set_device(device)                                     # a thread begins on the first GPU
+            torch.cuda.set_device(device)                                     # a thread begins on GPU 0
             tensors = [tensor.pin_memory() for tensor in tensors]
         return tensors
 

@@ -18,7 +18,7 @@ import model  # noqa: E402
 
 torch.set_num_threads(1)
 
-MARKS = {'slow': 'takes minutes', 'soak': 'takes hours', 'gpu': 'needs a GPU'}
+MARKS = {'slow': 'takes minutes', 'soak': 'throws chance at it for minutes', 'gpu': 'needs a GPU'}
 
 
 def pytest_configure(config):
@@ -47,7 +47,7 @@ RUNS = ('test_train', 'test_survive', 'test_readme')                          # 
 
 @pytest.fixture(autouse=True, scope='module')
 def few_prototypes(request):
-    """SD-DiT's head has 64 prototypes, not 8192, where whole runs are tested: it is most of such a network."""
+    """SD-DiT's head has 64 prototypes, not 8192, where whole runs are tested: most of such a network."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ in RUNS:
             patch.setattr(model, 'PROTOTYPES', 64)
