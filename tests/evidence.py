@@ -484,6 +484,9 @@ def tell(words):
     print(f'{time.strftime("%H:%M:%S")}  {words}', flush=True)
 
 
+ROOM = 2e9                                                    # bytes; a stage without them is not begun
+
+
 def carry_out(out, name, units, jobs, deadline):
     """Start units, `jobs` at a time, until all are done or `deadline` (a time.time()) forbids new ones. Two
     of the same run and seed never run at once. Returns {folder of a stage: why it has no result}."""
@@ -517,13 +520,15 @@ def carry_out(out, name, units, jobs, deadline):
             busy = [(unit['run'], unit['seed']) for unit, *_ in active.values()]
             ready = [unit for unit in units if left(unit) and (unit['run'], unit['seed']) not in busy
                      and all(map(result_of, unit['needs']))]
-            if ready and len(active) < jobs and time.time() < deadline:
+            roomy = shutil.disk_usage(out).free > ROOM
+            if ready and len(active) < jobs and time.time() < deadline and roomy:
                 start(ready[0])
             elif not active:
                 break
             else:
                 time.sleep(0.2)
-        why = 'no time left' if time.time() >= deadline else 'what it needs failed'
+        why = 'no time left' if time.time() >= deadline else 'what it needs failed' if roomy else \
+              f'the disk has less than {ROOM / 1e9:.0f} GB of room'
     except KeyboardInterrupt:
         why = 'stopped'
         tell('stopping; training runs write a checkpoint first')
