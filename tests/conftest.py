@@ -3,8 +3,10 @@
 import os
 import pathlib
 import shutil
+import signal
 import sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, for children too
 os.environ['OMP_NUM_THREADS'] = '1'  # two OpenMP threads on two busy cores spin against each other
 
 import pytest  # noqa: E402

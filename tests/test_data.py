@@ -259,6 +259,7 @@ def make_at_once(folder):
     data.make_shapes(folder, size=8, count=2000)
 
 
+@pytest.mark.slow
 def test_several_processes_may_make_one_folder(tmp_path):
     context = multiprocessing.get_context('spawn')
     processes = [context.Process(target=make_at_once, args=(tmp_path / 'd',)) for _ in range(3)]

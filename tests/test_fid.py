@@ -774,6 +774,7 @@ def loaded(net, weights, monkeypatch):
     monkeypatch.setattr(fid, 'load_weights', lambda *args: (net, weights[1]))
 
 
+@pytest.mark.slow
 def test_saved_statistics_give_the_same_numbers(case, weights, loaded, net):
     """All five on the reference's side. Statistics alone give FID and sFID, and the rest is named."""
     result = json.loads((case / 'result.json').read_text())

@@ -567,6 +567,7 @@ def test_a_mistake_of_one_process_stops_all_in_a_sentence(spoil, many, tmp_path,
     assert words[spoil] in told
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_in_a_sentence(many, tmp_path):
     command = [sys.executable, ROOT / 'data.py', 'folder', many / 'src', '--out', 'out', '--size', '256']
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)

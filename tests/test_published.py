@@ -285,6 +285,7 @@ def flowers(tmp_path):
     return tmp_path / 'flowers'
 
 
+@pytest.mark.slow
 def test_tuning_official_weights_to_other_classes(loaded, flowers, tmp_path, capsys, monkeypatch):
     method, weights, net, cfg, path = loaded
     monkeypatch.setattr(train, 'EVAL_SIGMAS', [1.0])  # of the 8, whose evaluation is slow

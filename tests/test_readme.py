@@ -87,7 +87,7 @@ def desk(tmp_path_factory):
 
 @pytest.mark.parametrize(
     'script, arguments',
-    README + DOCSTRINGS,
+    [command for k, command in enumerate(README + DOCSTRINGS) if command not in (README + DOCSTRINGS)[:k]],
     ids=lambda part: part if isinstance(part, str) else ' '.join(part),
 )
 def test_command(script, arguments, desk, tmp_path, monkeypatch):

@@ -388,6 +388,7 @@ def test_two_processes_sample_the_same_images(shapes, tmp_path):
     assert len(list((tmp_path / 'png').iterdir())) == 7
 
 
+@pytest.mark.slow
 def test_torchrun_makes_shapes_once_and_trains(tmp_path):
     """The bare command in an empty folder, by two processes: both ask for the data set at the same time."""
     done = torchrun(
