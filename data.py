@@ -646,7 +646,7 @@ def open_zip(path):
     try:
         archive = zipfile.ZipFile(path)
         size, members = os.path.getsize(path), archive.infolist()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
         why = getattr(error, 'strerror', None) or error
         raise BadInput(f'{path} is cut short or no zip file: {why}') from None
     for member in members:
