@@ -325,7 +325,7 @@ def change_checkpoint(rng, path):
         state = change_state(rng, torch.load(path, weights_only=True))
         if rng.random() < 0.03:
             state = rng.choice(WEIRD)
-        with contextlib.suppress(RuntimeError, AttributeError, TypeError):                     # cannot be written
+        with contextlib.suppress(RuntimeError, AttributeError, TypeError):                 # cannot be written
             torch.save(state, path)
     else:
         path.write_bytes(change_zip(rng, path.read_bytes(), change_bytes))
