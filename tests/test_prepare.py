@@ -367,7 +367,7 @@ def kill_and_restart(argv, out, worlds, chunks, rng):
         for process in processes:
             process.join()
         assert processes[0].exitcode == -signal.SIGKILL
-        assert stage is out or not out.exists()
+        assert stage in files[2:] or not out.exists()  # meta.json is last: on a busy machine `out` is there
         seen.append(done())
     processes = begin(argv, worlds[-1])
     for process in processes:
