@@ -21,10 +21,15 @@ other. The row `real shapes` is what as many more real ones score. No guidance a
 The laptop's network, T/2, is trained on pictures of 12 pixels here, 36 tokens, and not on README's 16: what
 this budget buys at 16, 45,000 images, left one sample in eight taken for its class, about chance.
 
-What differs from the papers beside the size: every method is tuned alike, DiT, MDT and SD-DiT too; the
-learning rate of masked training is constant, so that each point of a curve is the end of a run of that
-length; and SD-DiT's head is narrow (NARROW, PROTOTYPES), or it would cost twenty times the network. `Equal
-time` is that of masked training, by the cost of a step; tuning is as many steps for all.
+What differs from the papers beside the size: every method is tuned alike, DiT, MDT and SD-DiT too, and short
+tuning is two steps in seven; the learning rate of masked training is constant, so that each point of a curve
+is the end of a run of that length, and tuning's falls to 0, so that tuned rows gain from that alone; one
+learning rate serves all; and SD-DiT's head is narrow (NARROW, PROTOTYPES), or it would cost twenty times the
+network. `Equal time` is that of masked training, by the cost of a step; tuning is as many steps for all.
+
+All losses before and after tuning are held-out ones on the same noise. Those of `curve`, in the logs of
+masked training, are on another. Seeds share the data, the judge and the 200 held-out images: the deviation is
+that of training and sampling alone.
 """
 
 import argparse
@@ -91,11 +96,13 @@ EQUAL_TIME = {'dit': 1.5, 'maskdit': 1.35, 'mdt': 0.65, 'sddit': 0.6, 'mcdit': 1
 
 MAIN = ['--lambda-con1', '0', '--lambda-con2', '0']           # no EMA branch
 READINGS = ('skip', 'scale', 'normalised', 'zero bridge')
+FAST = 0.98                                                   # decay of the EMA decoder in `fast branches`
 RUNS = {                                                      # name: method, flags of train.py, reading
     **{method: (method, [], None) for method in model.METHODS},
     'main branch': ('mcdit', MAIN, None),
     'noisy branch': ('mcdit', ['--lambda-con2', '0'], None),
-    'encoder in branches': ('mcdit', ['--teacher-encoder'], None),
+    'clean branch': ('mcdit', ['--lambda-con1', '0'], None),
+    'fast branches': ('mcdit', [], 'fast branches'),
     'only clean': ('mcdit', [*MAIN, '--lambda-noise', '0'], None),
     'all clean': ('mcdit', [*MAIN, '--all-clean'], None),
     'noisy tokens': ('mcdit', [*MAIN, '--tokens', 'noisy'], None),
@@ -105,12 +112,14 @@ RUNS = {                                                      # name: method, fl
     **{reading: ('mcdit', [], reading) for reading in READINGS}}
 
 
+BOTH = ('maskdit', 'mcdit')
+
+
 def tuned(**rows):
     """Rows of a question, as many masked and tuning steps in each: label=run."""
     return [(label.replace('_', ' '), run, 'masked', 'short_tune') for label, run in rows.items()]
 
 
-BOTH = ('maskdit', 'mcdit')
 QUESTIONS = {                                         # title, source, rows: label, run, masked, tuning steps
     'methods': ('The five methods', 'MC-DiT Table 3, Figure 3',
                 [(f'{name}, equal images', name, 'masked', 'short_tune') for name in model.METHODS]
@@ -118,13 +127,13 @@ QUESTIONS = {                                         # title, source, rows: lab
                    for name in model.METHODS if name != 'mcdit']),
     'tuning': ('Tuning', 'MC-DiT Table 7',
                [(f'{name}, no tuning', name, 'masked', None) for name in model.METHODS]
-               + [(f'{name}, short tuning', name, 'masked', 'short_tune') for name in BOTH]
+               + [(f'{name}, short tuning', name, 'masked', 'short_tune') for name in model.METHODS]
                + [(f'{name}, long tuning', name, 'masked', 'long_tune') for name in BOTH]
                + [(f'{name}, long training, no tuning', name, 'long', None) for name in BOTH]
-               + [(f'{name}, long training, short tuning', name, 'long', 'short_tune') for name in BOTH]),
-    'branches': ('EMA branches', 'MC-DiT Tables 5 and 12',
-                 tuned(none='main branch', noisy='noisy branch', both='mcdit',
-                       both_with_the_encoder='encoder in branches')),
+               + [(f'{name}, long training, long tuning', name, 'long', 'long_tune') for name in BOTH]),
+    'branches': ('EMA branches', 'MC-DiT Table 5',
+                 tuned(none='main branch', noisy='noisy branch', clean='clean branch', both='mcdit',
+                       both_fast='fast branches')),
     'readings': ('Other readings of the paper', "README's table of choices",
                  tuned(as_here='mcdit') + tuned(**{reading: reading for reading in READINGS})),
     'targets': ('Targets of the main branch', 'MC-DiT Table 6, no EMA branch',
@@ -137,33 +146,36 @@ QUESTIONS = {                                         # title, source, rows: lab
                     [(name, name, 'masked', 'short_tune') for name in model.METHODS]
                     + [(f'{name}, no tuning', name, 'masked', None) for name in model.METHODS])}
 
-# What the paper claims: claim, source, question, what is compared (small is good), and rows, the best first,
-# with the paper's FID. Where it prints no numbers, all that is asked is that the first row is the best.
+# What the papers claim: source, question, number compared (small is good), and rows, the best first, each
+# with the paper's FID; a row is compared with the next. Without published numbers the first is with each.
+METHODS_AT = {name: f'{name}, equal images' for name in model.METHODS}
 CLAIMS = [
-    ('MC-DiT, SD-DiT, MDT, DiT in this order', 'Table 3, B/2, 400k', 'methods', 'frechet',
-     {'mcdit, equal images': 18.88, 'sddit, equal images': 28.62, 'mdt, equal images': 34.33,
-      'dit, equal images': 43.47}),
-    ('MC-DiT before MaskDiT', 'Table 3, XL/2, 1300k', 'methods', 'frechet',
-     {'mcdit, equal images': 7.92, 'maskdit, equal images': 12.15}),
-    ('the loss on clean targets falls fastest in MC-DiT', 'Figure 3(a)', 'methods', 'on_clean',
-     {'mcdit, equal images': None, 'maskdit, equal images': None, 'dit, equal images': None}),
-    ('untuned MC-DiT loses little, and is before tuned MaskDiT', 'Table 7, XL/2', 'tuning', 'frechet',
+    ('Table 3, B/2, 400k', 'methods', 'frechet',
+     {METHODS_AT['mcdit']: 18.88, METHODS_AT['sddit']: 28.62, METHODS_AT['mdt']: 34.33,
+      METHODS_AT['dit']: 43.47}),
+    ('Table 3, XL/2, 1300k', 'methods', 'frechet',
+     {METHODS_AT['mcdit']: 7.92, METHODS_AT['sddit']: 9.01, METHODS_AT['mdt']: 9.60,
+      METHODS_AT['maskdit']: 12.15}),
+    ('equal time, no table', 'methods', 'frechet',
+     dict.fromkeys([METHODS_AT['mcdit'], *(f'{name}, equal time' for name in model.METHODS
+                                           if name != 'mcdit')])),
+    ('Figure 3(a)', 'methods', 'on_clean',
+     dict.fromkeys(METHODS_AT[name] for name in ('mcdit', 'maskdit', 'dit'))),
+    ('Table 7, XL/2', 'tuning', 'frechet',
      {'mcdit, short tuning': 7.92, 'mcdit, no tuning': 8.33, 'maskdit, short tuning': 12.15}),
-    ('each EMA branch helps', 'Table 5', 'branches', 'frechet',
-     {'both': 18.88, 'noisy': 19.26, 'none': 22.10}),
-    ('the encoder in the branches helps', 'Table 12', 'branches', 'frechet',
-     {'both with the encoder': 17.53, 'both': 18.88}),
-    ('noise as a target helps, clean masked patches as targets hurt', 'Table 6', 'targets', 'frechet',
-     {'clean and noise': 22.10, 'only clean': 25.88, 'all clean': 34.53}),
-    ('both kinds of tokens are needed, clean ones more', 'Table 10', 'tokens', 'frechet',
-     {'both': 22.10, 'clean only': 23.69, 'noisy only': 25.72}),
-    ('half the tokens masked is best', 'Figure 5', 'ratio', 'frechet',
-     {'0.5': None, '0.25': None, '0.75': None}),
-    ("MC-DiT's information falls least with the noise", 'Figure 1(a)', 'information', 'lost',
-     {'mcdit': None, 'maskdit': None, 'mdt': None})]
-COMPARED = {'frechet': 'Fréchet distance, judge features', 'on_clean': 'training loss on clean targets',
-            'lost': 'share of the nats lost from sigma 0.1 to 10'}
-
+    ('longer, no table', 'tuning', 'frechet', dict.fromkeys(['mcdit, long tuning', 'maskdit, long tuning'])),
+    ('longer, no table', 'tuning', 'frechet',
+     dict.fromkeys(['mcdit, long training, long tuning', 'maskdit, long training, long tuning'])),
+    ('Table 5', 'branches', 'frechet', {'both': 18.88, 'noisy': 19.26, 'none': 22.10}),
+    ('no table', 'branches', 'frechet', dict.fromkeys(['both fast', 'none'])),
+    ('Table 6', 'targets', 'frechet', {'clean and noise': 22.10, 'only clean': 25.88, 'all clean': 34.53}),
+    ('Table 10', 'tokens', 'frechet', {'both': 22.10, 'clean only': 23.69, 'noisy only': 25.72}),
+    ('Figure 5', 'ratio', 'frechet', dict.fromkeys(['0.5', '0.25', '0.75'])),
+    ('Figure 1(a)', 'information', 'away', dict.fromkeys(['mcdit', 'maskdit', 'mdt'])),
+    ('Figure 1(a)', 'information', 'away',
+     dict.fromkeys([f'{name}, no tuning' for name in ('mcdit', 'maskdit', 'mdt')]))]
+COMPARED = {'frechet': 'Fréchet', 'on_clean': 'training loss on clean targets, last 50 masked steps',
+            'away': "nats away from clean images', mean over sigma"}
 
 # ------------------------------------------------ other readings of the paper, by README's table of choices
 
@@ -230,12 +242,19 @@ def prepare(reading):
         model.METHODS['mcdit']['loss'] = functools.partial(mcdit_loss, **{reading: True})
     if reading == 'zero bridge':
         model.initialise = zero_bridge
+    if reading == 'fast branches':            # 0.999 remembers half of 2,000 steps, of the paper's 1 in 400
+        model.BRANCH_DECAY = FAST
 
 
 # ----------------------------------------------------------------------------------- stages and their folders
 #
 # A stage is (kind, masked steps M, tuning steps T). Those of a run, `train`, `tune` and `sample`, lie in the
 # folder of the run; `judge`, `timing` and `information` belong to no run.
+
+def rows_of(settings, question):
+    """Its rows. At equal time there are some only at the size whose steps EQUAL_TIME was measured at."""
+    return [row for row in QUESTIONS[question][2] if row[2] != 'time' or settings['timing']]
+
 
 def stages(settings, run, masked, tuned):
     """What a row of a question needs, in order."""
@@ -393,7 +412,7 @@ def run_information(out, settings, run, seed, M, T, folder):
     where nothing is masked: {row: a number for each noise level}."""
     dataset, sigmas = data.open_data(data_of(out, settings)), mutual_info.DEFAULTS['sigmas']
     d, masks, networks = 2, 2, []
-    for label, name, *how in QUESTIONS['information'][2]:
+    for label, name, *how in rows_of(settings, 'information'):
         kind, *steps = stages(settings, name, *how)[-2]
         path = newest(folder_of(out, settings, name, seed, kind, *steps))
         (_, _, net, cfg), = mutual_info.open_networks([path], dataset)
@@ -444,7 +463,7 @@ def plan(out, settings, questions, seeds):
         units.append(unit('timing', None, [('timing', 0, 0)], judge))
     for seed in seeds:
         for question in questions:
-            rows, ends = QUESTIONS[question][2], []
+            rows, ends = rows_of(settings, question), []
             for run in dict.fromkeys(run for _, run, *_ in rows):
                 todo = {stage for _, name, *how in rows if name == run
                         for stage in stages(settings, run, *how)}
@@ -542,6 +561,8 @@ def carry_out(out, name, units, jobs, deadline):
 # ----------------------------------------------------------------------------------------- numbers and tables
 
 SCORE = ('fidelity', 'frechet', 'precision', 'recall')
+COLLAPSE = ('collapse_encoder', 'collapse_patches')
+DIGITS = {'frechet': 0}                                       # of a number in a table; three of all others
 
 
 def summary(values):
@@ -551,35 +572,50 @@ def summary(values):
     return statistics.mean(values) if values else None, deviation, len(values)
 
 
-def cell(values, digits=2):
+def cell(values, digits=3):
     mean, deviation, n = summary(values)
     return '-' if not n else f'{mean:.{digits}f}' + (f' ± {deviation:.{digits}f}' if n > 1 else '')
 
 
 def collect(out, settings, questions, seeds):
     """{question: [{'label', 'run', 'masked', 'tuned', 'seeds': {seed: numbers}}]}, of what there is."""
-    def numbers_of(question, label, run, seed, how):
-        found = {stage[0]: result_of(folder_of(out, settings, run, seed, *stage)) or {}
-                 for stage in stages(settings, run, *how)}
-        numbers = {'on_clean': found['train'].get('on_clean'), 'after': found.get('tune', {}).get('after')}
-        numbers |= {name: found['sample'].get(name) for name in SCORE}
-        if found['train']:
-            last = found['train']['curve'][-1]
-            numbers |= {'before': last['held_out'], 'curve': found['train']['curve']}
-            numbers |= {name: last.get(name) for name in ('collapse_encoder', 'collapse_patches')}
-        if question == 'information':
-            folder = folder_of(out, settings, question, seed, question, 0, 0)
-            nats = (result_of(folder) or {}).get(label + mutual_info.INFERENCE)
-            numbers = {'nats': nats, 'lost': 1 - nats[-1] / nats[0]} if nats else {}
-        return {name: value for name, value in numbers.items() if value is not None}
+    def result(run, seed, kind, M=0, T=0):
+        return result_of(folder_of(out, settings, run, seed, kind, M, T)) or {}
+
+    def numbers_of(run, seed, M, T):
+        trained = result(run, seed, 'train', M)
+        tunings = {some: result(run, seed, 'tune', M, some)
+                   for some in (settings['short_tune'], settings['long_tune'])}
+        numbers = {'on_clean': trained.get('on_clean'), 'after': tunings.get(T, {}).get('after'),
+                   'before': next((some['before'] for some in tunings.values() if some), None)}
+        numbers |= {name: result(run, seed, 'sample', M, T).get(name) for name in SCORE}
+        if trained:
+            last = trained['curve'][-1]
+            numbers |= {'curve': trained['curve'], **{name: last.get(name) for name in COLLAPSE}}
+        return numbers
+
+    def information(label, seed):
+        """And how far from clean images: the paper's Figure 1(a) measures both."""
+        found = result('information', seed, 'information')
+        nats, clean = found.get(label), found.get(mutual_info.CLEAN)
+        if not nats:
+            return {}
+        return {'nats': nats, 'away': statistics.mean(abs(a - b) for a, b in zip(nats, clean))}
 
     collected = {}
     for question in questions:
         collected[question] = rows = []
-        for label, run, *how in QUESTIONS[question][2]:
+        for label, run, *how in rows_of(settings, question):
             _, M, T = stages(settings, run, *how)[-1]
-            rows.append({'label': label, 'run': run, 'masked': M, 'tuned': T,
-                         'seeds': {seed: numbers_of(question, label, run, seed, how) for seed in seeds}})
+            numbers = {seed: information(label + mutual_info.INFERENCE, seed) if question == 'information'
+                       else numbers_of(run, seed, M, T) for seed in seeds}
+            rows.append({'label': label, 'run': run, 'masked': M, 'tuned': T, 'seeds': {
+                seed: {name: value for name, value in some.items() if value is not None}
+                for seed, some in numbers.items()}})
+        if question == 'information':
+            rows += [{'label': label, 'run': None, 'masked': 0, 'tuned': 0,
+                      'seeds': {seed: information(label, seed) for seed in seeds}}
+                     for label in (mutual_info.CLEAN, mutual_info.MIXED, mutual_info.NOISY)]
     return collected
 
 
@@ -598,19 +634,95 @@ def table(header, body):
     return ['', *('| ' + ' | '.join(cells) + ' |' for cells in [header, ['---'] * len(header), *body])]
 
 
-def verdict(claim, collected):
-    """A line of the table of claims; None where its question was not asked."""
-    words, source, question, metric, published = claim
+def in_seeds(better, worse):
+    """In how many seeds the first is the smaller, of those that have both."""
+    pairs = [(a, b) for a, b in zip(better, worse) if None not in (a, b)]
+    return f'{sum(a < b for a, b in pairs)} of {len(pairs)}' if pairs else '-'
+
+
+def comparisons(claim, collected):
+    """Lines of the table of claims, one a pair of rows; none where the question was not asked."""
+    source, question, metric, published = claim
     rows = {row['label']: row for row in collected.get(question, ())}
-    if not rows:
-        return None
-    found = {label: column(rows[label], metric) for label in published}
-    seeds = [values for values in zip(*found.values()) if None not in values]
-    first_alone = None in published.values()
-    held = [values[0] == min(values) if first_alone else list(values) == sorted(values) for values in seeds]
-    paper = ', '.join(f'{label} {number:g}' for label, number in published.items() if number) or 'a picture'
-    here = ', '.join(f'{label} {cell(values)}' for label, values in found.items())
-    return [words, source, paper, COMPARED[metric], here, f'{sum(held)} of {len(held)}']
+    labels, lines = list(published), []
+    for i, worse in enumerate(labels[1:], 1):
+        better = labels[0 if None in published.values() else i - 1]
+        if not rows:
+            continue
+        a, b = (column(rows[label], metric) for label in (better, worse))
+        apart = [y - x for x, y in zip(a, b) if None not in (x, y)]
+        line = [f'{better} before {worse}', source, '-', COMPARED[metric],
+                *(cell(values, DIGITS.get(metric, 3)) for values in (a, b, apart)), in_seeds(a, b), '-', '-']
+        if None not in published.values():
+            line[2] = f'{published[better]:.2f}, {published[worse]:.2f}'
+        if metric == 'frechet':               # what fidelity, large is good, and the mean held-out loss say
+            fidelity = [[value and -value for value in column(rows[label], 'fidelity')]
+                        for label in (better, worse)]
+            loss = [column(rows[label], 'after' if rows[label]['tuned'] else 'before')
+                    for label in (better, worse)]
+            line[-2:] = in_seeds(*fidelity), in_seeds(*loss)
+        lines.append(line)
+    return lines
+
+
+def by_steps(collected):
+    """{(run, masked steps, tuning steps): row}: rows of several questions may be of one network."""
+    return {(row['run'], row['masked'], row['tuned']): row for question, rows in collected.items()
+            for row in rows if question != 'information'}
+
+
+def curves_of(rows, run):
+    """For each seed {masked steps: held-out losses}. `rows` as from `by_steps`."""
+    curves = {}
+    for row in (row for key, row in rows.items() if key[0] == run):
+        for seed, numbers in row['seeds'].items():
+            curve = curves.setdefault(seed, {})
+            curve.update((at['step'], at['held_out']) for at in numbers.get('curve', ()))
+    return curves
+
+
+def quotients(above, below):
+    """Seed by seed; None where one is missing or it makes no sense."""
+    return [a / b if a is not None and b else None for a, b in zip(above, below)]
+
+
+def puzzle(collected, settings):
+    """Lines of markdown: what it costs not to tune, and how far mcdit's unmasked loss is above maskdit's."""
+    rows, lines, body = by_steps(collected), [], []
+    for run in model.METHODS:
+        untuned, tuned = (rows.get((run, settings['masked'], T)) for T in (0, settings['short_tune']))
+        if untuned and tuned:
+            body.append([run, *(cell(quotients(column(untuned, name), column(tuned, name)), 2)
+                                for name in ('frechet', 'fidelity')),
+                         *(cell(quotients(column(tuned, 'before', j), column(tuned, 'after', j)), 2)
+                           for j in range(len(SIGMAS)))])
+    levels = [f'loss at sigma {sigma:g}' for sigma in SIGMAS]
+    if body:
+        lines += ['', '## Without tuning over with short tuning (MC-DiT Table 7: Fréchet 1.05 for mcdit)',
+                  *table(['', 'Fréchet', 'fidelity', *levels], body)]
+
+    curves = {run: curves_of(rows, run) for run in RUNS}
+
+    def losses(run, M, T, j):
+        if T:
+            return column(rows[run, M, T], 'after', j)
+        return [curve[M][j] if M in curve else None for curve in curves[run].values()]
+
+    keys = {(run, M, T) for run, M, T in rows if RUNS[run][0] == 'mcdit'}
+    for every, end in ((settings['eval_every'], settings['masked']),
+                       (settings['masked'], max((M for run, M, _ in keys if run == 'mcdit'), default=0))):
+        keys |= {('mcdit', M, 0) for M in range(every, end + 1, every)}
+    keys |= {(run, M, 0) for run, M, _ in keys}
+    body = []
+    for run, M, T in sorted(keys, key=lambda key: (key[2], list(RUNS).index(key[0]), key[1])):
+        if curves['maskdit'] and (not T or ('maskdit', M, T) in rows):
+            body.append([run, f'{M} + {T}'] + [
+                cell(quotients(losses(run, M, T, j), losses('maskdit', M, T, j)), 2)
+                for j in range(len(SIGMAS))])
+    if body:
+        lines += ['', "## Unmasked held-out loss over maskdit's after as many steps",
+                  *table(['', 'masked + tuning steps', *levels], body)]
+    return lines
 
 
 def write_tables(collected, settings, judge, timing, missing):
@@ -621,7 +733,7 @@ def write_tables(collected, settings, judge, timing, missing):
         f'tuning at {settings["tune_lr"]:g}, falling to 0 over its second half; '
         f'{settings["samples"]:,} samples of {settings["sampler"]} steps, no guidance. Losses are held-'
         f'out, of the EMA weights, with nothing masked. Fidelity is the share of samples that the judge, a '
-        f'classifier of shapes ({judge["accuracy"]:.1%} right on unseen real ones), takes for what they were '
+        f'classifier of shapes ({judge["accuracy"]:.2%} right on unseen real ones), takes for what they were '
         f'asked to be. Fréchet distance, precision and recall are in the features of that judge, not '
         f'Inception. Mean ± deviation over seeds.']
     for question, rows in collected.items():
@@ -629,18 +741,19 @@ def write_tables(collected, settings, judge, timing, missing):
         lines += ['', f'## {title} ({source})']
         if question == 'information':
             sigmas = mutual_info.DEFAULTS['sigmas']
-            lines += table(['nats at sigma', 'seeds', *map('{:g}'.format, sigmas)], [
-                [row['label'], str(summary(column(row, 'lost'))[2]),
-                 *(cell(column(row, 'nats', j)) for j in range(len(sigmas)))] for row in rows])
+            lines += table(['nats at sigma', 'seeds', *map('{:g}'.format, sigmas), COMPARED['away']], [
+                [row['label'], str(summary(column(row, 'away'))[2]),
+                 *(cell(column(row, 'nats', j), 2) for j in range(len(sigmas))), cell(column(row, 'away'), 2)]
+                for row in rows])
             continue
         real = [f'real shapes, {settings["samples"]:,} more', *[''] * 6]
-        real += [f'{judge["real shapes"][name]:.2f}' for name in SCORE]
+        real += [f'{judge["real shapes"][name]:.{DIGITS.get(name, 3)}f}' for name in SCORE]
         lines += table(
             ['', 'seeds', 'masked + tuning steps', 'loss at sigma 0.1, untuned', 'tuned',
              'mean of all levels, untuned', 'tuned', 'fidelity', 'Fréchet', 'precision', 'recall'],
             [[row['label'], str(summary(column(row, 'frechet'))[2]), f'{row["masked"]} + {row["tuned"]}',
               *(cell(column(row, name, at)) for at in (AT, None) for name in ('before', 'after')),
-              *(cell(column(row, name)) for name in SCORE)] for row in rows] + [real])
+              *(cell(column(row, name), DIGITS.get(name, 3)) for name in SCORE)] for row in rows] + [real])
         body = {}                                             # an untuned network may stand in several rows
         for row in rows:
             for T, name in ((0, 'before'), (row['tuned'], 'after')):
@@ -650,22 +763,28 @@ def write_tables(collected, settings, judge, timing, missing):
         if body:
             lines += table(['loss at sigma', 'steps', *map('{:g}'.format, SIGMAS)], list(body.values()))
 
-    shown = {row['run']: row for rows in collected.values() for row in rows
-             if row['masked'] == settings['masked'] and some(row, 'collapse_encoder')}
+    shown = {(row['run'], row['masked']): row for rows in collected.values() for row in rows
+             if row['masked'] in (settings['masked'], settings['long']) and some(row, 'collapse_encoder')}
     if shown:
         which = [SIGMAS.index(sigma) for sigma in (0.1, 1.0, 10.0)]
         lines += ['', '## Collapse: rms(D - D_zeroed) / rms(D) on visible patches after masked training']
         lines += table(
-            ['', *(f'{part}, sigma {SIGMAS[j]:g}' for part in ('encoder', 'clean patches') for j in which)],
-            [[name, *(cell(column(row, f'collapse_{part}', j)) for part in ('encoder', 'patches')
-                      for j in which)] for name, row in shown.items()])
-    claims = [line for line in (verdict(claim, collected) for claim in CLAIMS) if line]
+            ['', 'masked steps',
+             *(f'{part}, sigma {SIGMAS[j]:g}' for part in ('encoder', 'clean patches') for j in which)],
+            [[run, str(M), *(cell(column(row, name, j)) for name in COLLAPSE for j in which)]
+             for (run, M), row in shown.items()])
+    lines += puzzle(collected, settings)
+    claims = [line for claim in CLAIMS for line in comparisons(claim, collected)]
     if claims:
-        lines += ['', '## Claims', *table(
-            ['claim', 'source', "the paper's FID", 'compared here', 'found here', 'holds in seeds'], claims)]
+        lines += ['', '## Claims. A coin would hold in half of the seeds.', *table(
+            ['', 'source', "the paper's FIDs", 'compared', 'first', 'second', 'second - first',
+             'smaller in seeds', 'fidelity agrees in', 'mean loss agrees in'], claims)]
     if timing:
-        lines += ['', '## Core-seconds a masked training step',
-                  *table(list(timing), [[f'{value:.3f}' for value in timing.values()]])]
+        steps = {name: round(settings['masked'] * EQUAL_TIME[name]) for name in timing}
+        lines += ['', '## Core-seconds of masked training', *table(
+            ['', 'a step', 'steps at equal time', 'seconds'],
+            [[name, f'{cost:.4f}', str(steps[name]), f'{cost * steps[name]:.0f}']
+             for name, cost in timing.items()])]
     if missing:
         lines += ['', f'## Not run: {len(missing)} stages', '']
         lines += [f'- {folder.parent.name}/{folder.name}: {why}' for folder, why in missing.items()]
@@ -676,34 +795,35 @@ def write_tables(collected, settings, judge, timing, missing):
 
 PALETTE = [*mutual_info.COLOURS, (0, 0, 0), (130, 130, 130), (148, 103, 189), (140, 86, 75), (150, 150, 0),
            (200, 0, 0), (0, 0, 160)]
-DRAWN = [*model.METHODS, 'main branch', 'encoder in branches', 'ratio 0.25', 'ratio 0.75', *READINGS]
+DRAWN = ['maskdit', 'mcdit', 'main branch', 'fast branches', 'ratio 0.25', 'ratio 0.75', 'noisy tokens',
+         *READINGS]
 
 
 def draw_curves(path, collected, settings):
-    """Unmasked held-out loss at sigma 0.1, on the left in the first masked steps, on the right in long
-    training; dashed is what tuning makes of it."""
-    short, long = {}, {}
-    for row in (row for rows in collected.values() for row in rows if row['run'] in DRAWN):
-        colour = PALETTE[DRAWN.index(row['run'])]
-        points = {}
-        for numbers in row['seeds'].values():
-            for at in numbers.get('curve', ()):
-                points.setdefault(at['step'], []).append(at['held_out'][AT])
-        curve = [(step, *(value or 0 for value in summary(points[step])[:2]), False)
-                 for step in sorted(points)]
-        side = {settings['masked']: short, settings['long']: long}.get(row['masked'])
-        if side is None:                                      # equal time: a part of another row's curve
-            continue
-        if curve:
-            side.setdefault(row['run'], (colour, False, curve))
-        if some(row, 'after') and row['run'] in BOTH:
-            before, after = (summary(column(row, name, AT)) for name in ('before', 'after'))
-            ends = [(row['masked'], before[0], 0, False),
-                    (row['masked'] + row['tuned'], after[0], after[1] or 0, False)]
-            long[f'{row["run"]}, {row["tuned"]} tuning steps from {row["masked"]}'] = (colour, True, ends)
-    panels = [('unmasked held-out loss at sigma 0.1', 'steps', side, False) for side in (short, long) if side]
+    """Unmasked held-out loss at two noise levels against masked steps; dashed is what tuning makes of it."""
+    def spot(step, values):
+        mean, deviation, _ = summary(values)
+        return step, mean, deviation or 0, False
+
+    rows, panels = by_steps(collected), []
+    for sigma in (0.1, 1.0):
+        j, curves = SIGMAS.index(sigma), {}
+        for run, colour in zip(DRAWN, PALETTE):
+            points = {}
+            for curve in curves_of(rows, run).values():
+                for step, losses in curve.items():
+                    points.setdefault(step, []).append(losses[j])
+            if points:
+                curves[run] = colour, False, [spot(step, points[step]) for step in sorted(points)]
+            for (name, M, T), row in rows.items():
+                if (name, T) == (run, settings['long_tune']) and some(row, 'after'):
+                    ends = [spot(M, column(row, 'before', j)), spot(M + T, column(row, 'after', j))]
+                    curves[f'{run}, tuned from {M}'] = colour, True, ends
+        if curves:
+            panels.append((f'unmasked held-out loss at sigma {sigma:g}', 'steps', curves, True))
     if panels:
-        mutual_info.chart(path, panels, ['bars: deviation over seeds; dashed: unmasked tuning'])
+        mutual_info.chart(path, panels, ['bars: deviation over seeds; dashed: unmasked tuning, with held-out '
+                                         'noise of its own'])
 
 
 def draw_samples(path, collected):
