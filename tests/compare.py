@@ -1,4 +1,5 @@
-"""The five methods beside each other on `shapes`, with the laptop's settings and masked training alone.
+"""The five methods beside each other on `shapes`: the laptop's masked training, but with a learning rate that falls
+to 0 over the second half, and no tuning.
 
     python tests/compare.py --steps 600 --json assets/compare.json
 
