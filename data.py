@@ -35,7 +35,7 @@ filter (Pillow's and torchvision's "bilinear"); --crop cuts elsewhere. `import` 
 layout of EDM, EDM2 and REPA: pictures, or mean and standard deviation, beside a dataset.json. It tells
 which layout latents have, and how it knows. MaskDiT's LMDB, tar shards and LightningDiT's files are not
 read: they need a library or a reader of their own. Archives are never unpacked to disk, and no pickle is
-loaded.
+loaded. After a kill, `shapes`, `cifar10` and the import of arrays begin anew.
 """
 
 import argparse
@@ -46,6 +46,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import glob
 import gzip
 import hashlib
 import io
@@ -197,16 +198,25 @@ def save_folder(out, rows, dtype, shape, meta, seed, count=0):
     """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
 
     The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of
-    several processes that make the same folder at once, the first wins. `count` is how many rows will come,
-    if known: room for them is looked for before the first. Returns what `describe` wrote.
+    several processes that make the same folder at once, the first wins. What killed ones left is removed.
+    `count` is how many rows will come, if known: room for them is looked for before the first. Returns what
+    `describe` wrote.
     """
     out = pathlib.Path(out)
-    partial = out.parent / f'.{out.name}.partial-{uuid.uuid4().hex}'
+    hidden = str(out.parent / f'.{out.name}.partial-')
+    partial = pathlib.Path(hidden + uuid.uuid4().hex)
     labels, needed = [], count * math.prod(shape) * np.dtype(dtype).itemsize
+    for litter in glob.glob(glob.escape(hidden) + '[0-9a-f]' * 32):
+        with contextlib.suppress(OSError), open(f'{litter}/data.npy', 'r+b') as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                  # fails while its writer lives
+            if file.read(1):                                                  # else it is about to lock it
+                shutil.rmtree(litter)
     check_room(out, needed)
     try:
         partial.mkdir(parents=True)
         with open(partial / 'data.npy', 'wb') as file:
+            with contextlib.suppress(OSError):                                # there are disks without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.write(npy_header(dtype, (0, *shape)))
             for row, label in rows:
                 file.write(np.ascontiguousarray(row, dtype).tobytes())
@@ -215,14 +225,14 @@ def save_folder(out, rows, dtype, shape, meta, seed, count=0):
             file.write(npy_header(dtype, (len(labels), *shape)))
             file.flush()
             os.fsync(file.fileno())
-        stored = np.load(partial / 'data.npy', mmap_mode='r') if labels else ()
-        sums = sum(channel_sums(stored[at:at + 100], meta) for at in range(0, len(stored), 100))
-        meta = describe(partial, labels, sums, meta, seed)
-        try:
-            os.rename(partial, out)
-        except OSError:
-            if not (out / 'meta.json').exists():                              # else somebody was faster
-                raise
+            stored = np.load(partial / 'data.npy', mmap_mode='r')
+            sums = sum(channel_sums(stored[at:at + 100], meta) for at in range(0, len(stored), 100))
+            meta = describe(partial, labels, sums, meta, seed)
+            try:
+                os.rename(partial, out)
+            except OSError:
+                if not (out / 'meta.json').exists():                          # else somebody was faster
+                    raise
     except OSError as error:
         raise cannot_write(out, error, needed) from None
     finally:
@@ -246,21 +256,18 @@ def describe(folder, labels, sums, meta, seed):
     """
     with whole_file(folder / 'labels.npy') as file:
         np.save(file, np.array(labels, np.int64))
-    meta = meta | {'count': len(labels)}
-    if labels:
-        array = np.load(folder / 'data.npy', mmap_mode='r')
-        mean, square = sums / array[:, 0].size
-        with np.errstate(invalid='ignore'):                                   # rows may be infinite
-            std = np.sqrt(np.maximum(square - mean ** 2, 0))
-        meta |= {'mean': mean.tolist(), 'std': std.tolist()}
-        some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
-        names = meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
-        images = array[some]
-        if array.dtype != np.uint8:
-            scale = meta.get('scale', LATENT_SCALE) if meta['kind'] == 'moments' else 1
-            x = torch.from_numpy(images[:, :3]).float() * scale / 3
-            images = to_uint8(x.nan_to_num()).numpy()
-        save_grid(folder / 'preview.png', images, [names[labels[i]] for i in some], columns=10)
+    array = np.load(folder / 'data.npy', mmap_mode='r')
+    mean, square = sums / array[:, 0].size
+    with np.errstate(invalid='ignore'):                                       # rows may be infinite
+        std = np.sqrt(np.maximum(square - mean ** 2, 0))
+    meta = meta | {'count': len(labels), 'mean': mean.tolist(), 'std': std.tolist()}
+    some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
+    names = meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
+    images = array[some]
+    if array.dtype != np.uint8:
+        scale = meta.get('scale', LATENT_SCALE) if meta['kind'] == 'moments' else 1
+        images = to_uint8((torch.from_numpy(images[:, :3]).float() * scale / 3).nan_to_num()).numpy()
+    save_grid(folder / 'preview.png', images, [names[labels[i]] for i in some], columns=10)
     with whole_file(folder / 'meta.json') as file:
         file.write((json.dumps(meta, indent=1) + '\n').encode())
     return meta

@@ -194,6 +194,22 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_living_writer_is_left_alone(tmp_path):
+    """Of two that make one folder the first wins, and neither takes the other's beginnings for litter."""
+
+    def rows(inner):
+        for k in range(4):
+            yield np.zeros((3, 64, 64)), int(inner)
+            if k == 2 and not inner:
+                data.save_folder(tmp_path / 'd', rows(True), 'uint8', (3, 64, 64), meta, 0)
+                assert len(list(tmp_path.iterdir())) == 2
+
+    meta = {'kind': 'images', 'classes': 2}
+    data.save_folder(tmp_path / 'd', rows(False), 'uint8', (3, 64, 64), meta, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ['d']
+    assert data.Data(tmp_path / 'd').labels.tolist() == [1] * 4
+
+
 def test_not_finite_pictures_are_refused():
     x = torch.zeros(3, 3, 2, 2)
     x[1, 0, 0, 0] = torch.nan

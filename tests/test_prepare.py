@@ -568,6 +568,20 @@ def test_a_mistake_of_one_process_stops_all_in_a_sentence(spoil, many, tmp_path,
     assert words[spoil] in told
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    (tmp_path / '.out.partial-mine').mkdir()                                  # a name of somebody else's
+    argv = ['shapes', '--out', str(tmp_path / 'out'), '--size', '64']
+    process, = begin(argv, 1)
+    while not (rows := [path for path in tmp_path.glob('.out.partial-*/data.npy') if path.stat().st_size]):
+        assert process.is_alive()
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert rows[0].exists() and not (tmp_path / 'out').exists()
+    assert prepare('shapes', '--out', tmp_path / 'out', '--n', 20).count == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['.out.partial-mine', 'out']
+
+
 @pytest.mark.slow
 def test_an_interrupt_ends_in_a_sentence(many, tmp_path):
     command = [sys.executable, ROOT / 'data.py', 'folder', many / 'src', '--out', 'out', '--size', '256']
