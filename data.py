@@ -86,6 +86,7 @@ class BadInput(ValueError):
 
 LATENT_SCALE = 0.18215                        # Stable Diffusion's, and so DiT's and MaskDiT's
 MOST_CLASSES = 1_000_000
+MOST_SIDE = 10_000                            # pixels, or numbers of a latent
 KINDS = {'images': ('uint8',), 'moments': ('float16',), 'latents': ('float16', 'float32')}
 
 
@@ -131,7 +132,7 @@ class Data:
             raise BadInput(f'{path}/meta.json needs text in "vae" and "vae_sha256", a file and its hash')
 
         shape, dtype = self.array.shape, self.array.dtype
-        if len(shape) != 4 or shape[2] != shape[3] or not 0 < min(shape[1:]) <= max(shape[1:]) <= 10_000 \
+        if len(shape) != 4 or shape[2] != shape[3] or not 0 < min(shape[1:]) <= max(shape[1:]) <= MOST_SIDE \
                 or dtype not in KINDS[self.kind]:
             raise BadInput(f'{path}/data.npy holds {dtype} {shape}: {self.kind} are '
                            f'{" or ".join(KINDS[self.kind])} (N, C, H, H), with pictures as high as wide')
@@ -307,7 +308,7 @@ def whole_file(path):
 
 def check_room(out, needed):
     """Refuse to begin what the disk cannot hold."""
-    place = next((place for place in pathlib.Path(out).absolute().parents if place.is_dir()), '/')
+    place = next((place for place in pathlib.Path(out).absolute().parents if os.path.isdir(place)), '/')
     free = shutil.disk_usage(place).free
     if free < needed:
         raise BadInput(f'{out} needs {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free: make '
@@ -386,10 +387,6 @@ def draw_shapes(labels, size, rng):
     radius = rng.uniform(0.55, 0.85, (n, 1, 1)).astype(np.float32)            # of half the picture
     shift = rng.uniform(-1, 1, (2, n, 1, 1)).astype(np.float32) * (0.95 - radius)
     x, y = (at[None, None, :] - shift[0]) / radius, (at[None, :, None] - shift[1]) / radius
-    inside = np.empty((n, fine, fine), np.float32)
-    for k, shape in enumerate(SHAPES.values()):
-        inside[labels == k] = shape(x[labels == k], y[labels == k])
-    inside = inside.reshape(n, 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))     # (n, 1, size, size)
 
     paint = np.empty((n, 3), np.float32)                                      # far enough from the background
     ground = rng.uniform(0, 1, (n, 3)).astype(np.float32)
@@ -399,9 +396,15 @@ def draw_shapes(labels, size, rng):
         wrong = wrong[np.linalg.norm(paint[wrong] - ground[wrong], axis=1) < 0.6]
     slope = rng.uniform(-0.12, 0.12, (n, 3, 2, 1, 1)).astype(np.float32)      # the background's colour drifts
     line = at.reshape(size, SUPERSAMPLE).mean(1)
-    back = ground[:, :, None, None] + slope[:, :, 0] * line + slope[:, :, 1] * line[:, None]
-    pictures = inside * paint[:, :, None, None] + (1 - inside) * back
-    return np.rint(pictures.clip(0, 1) * 255).astype(np.uint8)
+    paint, ground = paint[:, :, None, None], ground[:, :, None, None]
+    pictures = np.empty((n, 3, size, size), np.uint8)
+    for k, shape in enumerate(SHAPES.values()):                               # in turn, for the memory's sake
+        i = np.flatnonzero(labels == k)
+        points = shape(x[i], y[i]).reshape(len(i), 1, size, SUPERSAMPLE, size, SUPERSAMPLE)
+        inside = points.mean((3, 5), np.float32)                              # (len(i), 1, size, size)
+        back = ground[i] + slope[i, :, 0] * line + slope[i, :, 1] * line[:, None]
+        pictures[i] = np.rint((inside * paint[i] + (1 - inside) * back).clip(0, 1) * 255)
+    return pictures
 
 
 def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
@@ -1097,7 +1100,7 @@ def already_there(out):
     if not os.path.lexists(out):
         return False
     chunks = pathlib.Path(out, 'chunks')
-    ours = chunks.is_dir() and os.path.exists(f'{out}/meta.json') and all(
+    ours = os.path.isdir(chunks) and os.path.exists(f'{out}/meta.json') and all(
         re.fullmatch(r'\d{6,}\.chunk|plan\.json|lock', path.name) for path in chunks.iterdir())
     if not ours:
         raise BadInput(f'{out} exists already: remove it, or choose another --out')
@@ -1647,8 +1650,9 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    if min(getattr(args, name, 1) for name in ('size', 'workers')) < 1 or getattr(args, 'n', 2) < 2:
-        raise BadInput('--size and --workers must be at least 1, --n at least 2')
+    if not 1 <= getattr(args, 'size', 1) <= MOST_SIDE or getattr(args, 'workers', 1) < 1 \
+            or getattr(args, 'n', 2) < 2:
+        raise BadInput(f'--size must be from 1 to {MOST_SIDE:,}, --workers at least 1, --n at least 2')
     scale = getattr(args, 'scale', None)
     if getattr(args, 'seed', 0) < 0 or scale is not None and not 0 < scale < 1e6:
         raise BadInput('--seed must be at least 0, --scale above 0 and below a million')
