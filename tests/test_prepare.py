@@ -454,6 +454,7 @@ def test_a_restart_makes_only_what_is_missing(half_done, monkeypatch, capsys):
     many, tmp_path = half_done
     read, seen = data.read_picture, []
     monkeypatch.setattr(data, 'read_picture', lambda name, size: (seen.append(name), read(name, size))[1])
+    monkeypatch.setattr(data, 'where_am_i', lambda: (0, 1, torch.device('cuda')))  # pixels are the same there
     prepare('folder', many / 'src', '--out', tmp_path / 'out', '--size', 4)
     assert len(seen) == len(set(seen)) == 3153 - 3 * data.CHUNK
     assert 'has 3 of 13 chunks' in capsys.readouterr().out
@@ -641,6 +642,23 @@ def test_the_next_pictures_are_read_while_some_are_encoded(tmp_path):
     meta = {'kind': 'moments', 'classes': 0, 'scale': 1, 'source': 'test'}
     data.prepare(tmp_path / 'made', names, read_one, meta, 8, 2, encode)
     assert sum(encoded) == len(read) == len(names) and max(lead) <= 2 * data.CHUNK
+
+
+def test_moments_are_begun_and_ended_on_one_kind_of_device(tmp_path, monkeypatch):
+    """A GPU's differ from a CPU's in the last bits."""
+    def encode(pictures):
+        if list(tmp_path.rglob('*.chunk')):
+            raise RuntimeError('stopped')
+        return np.zeros((len(pictures), 8, 1, 1), np.float16)
+
+    meta = {'kind': 'moments', 'classes': 0, 'scale': 1, 'source': 'test'}
+    arguments = (tmp_path / 'made', [(str(k), 0) for k in range(2 * data.CHUNK)],
+                 lambda name: (np.zeros((3, 8, 8), np.uint8), []), meta, 8, 1, encode)
+    with pytest.raises(RuntimeError, match='stopped'):
+        data.prepare(*arguments)
+    monkeypatch.setattr(data, 'where_am_i', lambda: (0, 1, torch.device('cuda')))
+    with pytest.raises(data.BadInput, match='device was cpu and is now cuda'):
+        data.prepare(*arguments)
 
 
 def test_refusals_with_a_vae(tree, tmp_path, vae_file, monkeypatch):  # noqa: F811
