@@ -825,13 +825,6 @@ def central_square(array):
     return array[top:top + side, left:left + side]
 
 
-def as_it_is(image, size):
-    """The crop of pictures that others have prepared: none. Raises BadInput for another size."""
-    if image.size != (size, size):
-        raise BadInput(f'not {size} x {size} like the first: {image.width} x {image.height}')
-    return image
-
-
 def to_rgb(image):
     """(RGB picture, what had to be done to it as a list of words)."""
     done = ['of several frames: the first is taken'] * getattr(image, 'is_animated', False)
@@ -1313,6 +1306,25 @@ def make_cifar(source, out, seed=0):
     tell(out, save_folder(out, rows, 'uint8', (3, 32, 32), meta, seed, len(order)), '32 x 32')
 
 
+MAX_BYTES = 2 ** 27                           # of a picture in a zip file
+
+
+def open_tree(source):
+    """(names of the files in a folder or a zip file, name -> what `read_picture` takes, that zip or None)."""
+    if os.path.isdir(source):
+        return files_under(source)[0], functools.partial(os.path.join, source), None
+    if not os.path.exists(source):
+        raise BadInput(f'there is no {source}')
+    archive = open_zip(source)
+
+    def read(name):
+        if archive.getinfo(name).file_size > MAX_BYTES:
+            raise BadInput(f'too large for a picture: {archive.getinfo(name).file_size:,} bytes')
+        return archive.read(name)
+    names = sorted(name for name in archive.namelist() if not name.endswith('/'))
+    return names, lambda name: functools.partial(read, name), archive
+
+
 def celeba_crop(image, size, side, x, y):
     """`side` pixels around (x, y) of an aligned picture, scaled by a triangle filter, as others scale it."""
     if image.size != (178, 218):
@@ -1353,9 +1365,10 @@ def make_celeba(source, out, size, crop, attribute, workers):
     if not (1 <= side and 0 <= x - side // 2 <= 178 - side and 0 <= y - side // 2 <= 218 - side):
         raise BadInput(f'--crop {side} {x} {y} reaches out of the 178 x 218 pixels')
     rank, world, _ = where_am_i()
+    files, opened, _ = open_tree(source)
 
     def find():
-        names = [name for name in open_tree(source)[0]
+        names = [name for name in files
                  if name.lower().endswith('.jpg') and not os.path.basename(name).startswith('.')]
         if not names:
             raise BadInput(f'{source} holds no .jpg: expected img_align_celeba.zip, or the folder in it')
@@ -1367,7 +1380,6 @@ def make_celeba(source, out, size, crop, attribute, workers):
         return [(name, labels[os.path.basename(name)]) for name in names]
 
     found = from_first(find, rank, world)
-    opened = open_tree(source)[1]
     cut = functools.partial(celeba_crop, side=side, x=x, y=y)
     meta = {'kind': 'images', 'classes': 2 if attribute else 0,
             'source': f'CelebA, {side} pixels around ({x}, {y}) to {size}, classes by {attribute}'}
@@ -1376,25 +1388,6 @@ def make_celeba(source, out, size, crop, attribute, workers):
 
 
 # ------------------------------------------------------------------------------------------------- import
-
-MAX_BYTES = 2 ** 27                           # of a picture in a zip file
-
-
-def open_tree(source):
-    """(names of the files in a folder or a zip file, a function that gives what `read_picture` takes)."""
-    if os.path.isdir(source):
-        return files_under(source)[0], functools.partial(os.path.join, source)
-    if not os.path.exists(source):
-        raise BadInput(f'there is no {source}')
-    archive = open_zip(source)
-
-    def read(name):
-        if archive.getinfo(name).file_size > MAX_BYTES:
-            raise BadInput(f'too large for a picture: {archive.getinfo(name).file_size:,} bytes')
-        return archive.read(name)
-    names = sorted(name for name in archive.namelist() if not name.endswith('/'))
-    return names, lambda name: functools.partial(read, name)
-
 
 def map_array(path, begin=0, length=None):
     """The array of the .npy file that lies at `begin` in the file `path`, mapped. Raises BadInput."""
@@ -1431,12 +1424,11 @@ def place_of(archive, name):
     return archive.filename, begin, member.file_size
 
 
-def dataset_labels(source, names):
+def dataset_labels(source, archive, names):
     """Labels (N,) of the files `names`, or None, by EDM's dataset.json: {"labels": [[name, class], ...]}."""
     most = 1000 + 200 * len(names)                                            # bytes; an entry has about 50
     try:
-        with open(os.path.join(source, 'dataset.json'), 'rb') if os.path.isdir(source) \
-                else open_zip(source).open('dataset.json') as file:
+        with archive.open('dataset.json') if archive else open(f'{source}/dataset.json', 'rb') as file:
             content = file.read(most + 1)
         if len(content) > most:
             raise ValueError(f'more than {most:,} bytes')
@@ -1453,27 +1445,26 @@ def dataset_labels(source, names):
                        f'{len(names):,} files: {type(error).__name__} {printable(error)[:100]}') from None
 
 
-def open_arrays(source):
+def open_arrays(source, names, archive):
     """(what it is, number of rows, row(i) -> array, labels (N,) or None) of others' arrays, or BadInput."""
     path = pathlib.Path(source)
     if features := sorted(path.glob('*_features')):
-        names = {name: features[0] / name for name in files_under(features[0])[0]}
+        inside = features[0].name + os.sep
+        order = [name.removeprefix(inside) for name in names if name.startswith(inside)]
         beside = pathlib.Path(str(features[0]).removesuffix('_features') + '_labels')
-        if len(features) > 1 or not names or not all(re.fullmatch(r'\d{1,9}\.npy', name) for name in names):
+        if len(features) > 1 or not order or not all(re.fullmatch(r'\d{1,9}\.npy', name) for name in order):
             raise BadInput(f'{source} should hold one folder NAME_features of 0.npy, 1.npy, ...')
-        order = sorted(names)                                                 # any will do: it is shuffled
         if lost := [name for name in order if not (beside / name).is_file()]:
             raise BadInput(f'{beside} lacks {lost[0]} and {len(lost) - 1} more: each feature needs its label')
         labels = [map_array(beside / name).reshape(-1)[0] for name in order]
-        return "fast-DiT's features", len(order), lambda i: map_array(names[order[i]]), np.array(labels)
-    if path.is_dir() or path.suffix == '.zip':
-        names = open_tree(source)[0]
+        row = lambda i: map_array(features[0] / order[i])
+        return "fast-DiT's features", len(order), row, np.array(labels)
+    if path.is_dir() or archive:
         order = [name for name in names if name.endswith('.npy')]
         if not order:
             raise BadInput(f'{source} holds neither dataset.json with .png or .npy files, nor a folder '
                            f'NAME_features: type the folder or the zip file that does')
-        labels = dataset_labels(source, order)
-        archive = None if path.is_dir() else open_zip(source)
+        labels = dataset_labels(source, archive, order)
         row = lambda i: map_array(*(place_of(archive, order[i]) if archive else (path / order[i],)))
         return "EDM's layout of arrays", len(order), row, labels
     if path.suffix == '.npz':
@@ -1520,15 +1511,15 @@ def make_import(source, out, layout, scale, workers, seed=0):
     path = pathlib.Path(source)
     if not os.path.exists(path):
         raise BadInput(f'there is no {source}')
-    if path.is_dir() or path.suffix == '.zip':
-        names, opened = open_tree(source)
-        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-        if pictures and 'dataset.json' in names:
-            pictures_take_no_flags()
-            return import_pictures(source, pictures, opened, out, workers)
+    tree = path.is_dir() or path.suffix == '.zip'
+    names, opened, archive = open_tree(source) if tree else ((), None, None)
+    pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
+    if pictures and 'dataset.json' in names:
+        pictures_take_no_flags()
+        return import_pictures(source, pictures, opened, archive, out, workers)
     if int(os.environ.get('RANK', 0)):
         return None
-    what, count, row, labels = open_arrays(source)
+    what, count, row, labels = open_arrays(source, names, archive)
     if count < 2:
         raise BadInput(f'{source} holds 1 row: at least 2 are needed, one to train on and one held out')
     order = np.random.default_rng(seed).permutation(count)
@@ -1585,21 +1576,24 @@ def make_import(source, out, layout, scale, workers, seed=0):
               f'what it is multiplied by')
 
 
-def import_pictures(source, names, opened, out, workers):
+def as_it_is(image, size):
+    """The crop of pictures that others have prepared: none. Raises BadInput for another size."""
+    if image.size != (size, size):
+        raise BadInput(f'not {size} x {size} like the first: {image.width} x {image.height}')
+    return image
+
+
+def import_pictures(source, names, opened, archive, out, workers):
     """EDM's layout of pictures: a folder or zip file of them, all as large as the first, and dataset.json."""
     rank, world, _ = where_am_i()
 
     def find():
-        labels = dataset_labels(source, names)
-        try:
-            first = opened(names[0])
-            with Image.open(io.BytesIO(first()) if callable(first) else first, formats=FORMATS) as image:
-                size = image.width
-        except Exception as error:                                            # a broken file raises anything
-            raise BadInput(f'{source}: its first picture cannot be read: {printable(error)}') from None
-        classes = 0 if labels is None else int(labels.max()) + 1
-        return size, classes, [(name, int(label)) for name, label in
-                               zip(names, np.zeros(len(names)) if labels is None else labels)]
+        labels = dataset_labels(source, archive, names)
+        first = read_picture(opened(names[0]), 1, lambda image, _: image)
+        if isinstance(first, str) or first[0].shape[1] != first[0].shape[2]:
+            raise BadInput(f'{source}: its first picture cannot be read, or is not as high as wide')
+        size, classes = first[0].shape[1], 0 if labels is None else int(labels.max()) + 1
+        return size, classes, [*zip(names, [0] * len(names) if labels is None else labels.tolist())]
 
     size, classes, found = from_first(find, rank, world)
     if rank == 0:

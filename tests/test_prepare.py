@@ -1102,6 +1102,27 @@ def test_import_of_edms_pictures(packed, tmp_path, capsys):
         assert 'for latents' in refused('import', source, '--out', tmp_path / 'no', *flags)
 
 
+def test_the_first_of_edms_pictures_must_be_square(tmp_path):
+    source = save_edm(tmp_path / 'src', np.zeros((4, 6, 6, 3), np.uint8), None, 'png')
+    first = source / '00000' / 'img00000000.png'
+    for spoil in (lambda: Image.new('RGB', (6, 7)).save(first), lambda: first.write_bytes(b'x')):
+        spoil()
+        told = refused('import', source, '--out', tmp_path / 'made')
+        assert told.endswith('its first picture cannot be read, or is not as high as wide')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['src']
+
+
+def test_a_source_is_listed_once(celeba, tmp_path, monkeypatch):
+    listed = []
+    for name in ('files_under', 'open_zip'):
+        true = getattr(data, name)
+        monkeypatch.setattr(data, name, lambda path, true=true: (listed.append(path), true(path))[1])
+    prepare('celeba', celeba, '--out', tmp_path / 'faces')
+    source = str(zip_inside(tmp_path / 'edm.zip', save_edm(tmp_path / 'edm', np.zeros((4, 8, 1, 1)), None)))
+    prepare('import', source, '--out', tmp_path / 'arrays')
+    assert listed == [str(celeba), source]
+
+
 # ------------------------------------------------------------------------------------------- hostile files
 
 
