@@ -323,7 +323,7 @@ def cannot_write(out, error, needed=0, kept=''):
 
 
 def to_uint8(x):
-    """(n, C, H, W) floats about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput if infinite."""
+    """(n, C, H, W) about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput unless finite."""
     if not torch.isfinite(x).all():
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
         raise BadInput(f'pictures {bad} of a batch are not finite numbers: the network has diverged')
@@ -430,6 +430,44 @@ def open_data(path):
     if str(path) == 'shapes' and not os.path.exists('shapes'):
         make_shapes('shapes')
     return Data(path)
+
+
+# --------------------------------------------------------------------------------------- names, zip files
+
+UNPACKED = 50                                 # a zip file's members may unpack to 50 times its size
+
+
+def printable(name):
+    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
+def points_out(name):
+    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
+    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
+
+
+def open_zip(path):
+    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
+    try:
+        archive = zipfile.ZipFile(path)
+        size, members = os.path.getsize(path), archive.infolist()
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
+    for member in members:
+        stored = member.compress_type == zipfile.ZIP_STORED
+        odd = 'points out of it' if points_out(member.filename) else \
+              'is a link' if stat.S_ISLNK(member.external_attr >> 16) else \
+              'is encrypted' if member.flag_bits & 1 else \
+              'lies about its length' if stored and member.file_size != member.compress_size else ''
+        if odd:
+            raise BadInput(f'{path} has a member {printable(member.filename)} that {odd}')
+    if sum(member.compress_size for member in members) > size:
+        raise BadInput(f'{path} has members that overlap or reach beyond its end')
+    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
+        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
+    return archive
 
 
 # ---------------------------------------------------------------------------------------------------- VAE
@@ -638,42 +676,6 @@ def read_vae(path, device='cpu'):
     return vae.to(device).eval().requires_grad_(False), hashlib.sha256(content).hexdigest()
 
 
-UNPACKED = 50                                 # times its own size may a zip file's members have together
-
-
-def printable(name):
-    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
-
-
-def points_out(name):
-    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
-    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
-
-
-def open_zip(path):
-    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
-    try:
-        archive = zipfile.ZipFile(path)
-        size, members = os.path.getsize(path), archive.infolist()
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        why = getattr(error, 'strerror', None) or error
-        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
-    for member in members:
-        stored = member.compress_type == zipfile.ZIP_STORED
-        odd = 'points out of it' if points_out(member.filename) else \
-              'is a link' if stat.S_ISLNK(member.external_attr >> 16) else \
-              'is encrypted' if member.flag_bits & 1 else \
-              'lies about its length' if stored and member.file_size != member.compress_size else ''
-        if odd:
-            raise BadInput(f'{path} has a member {printable(member.filename)} that {odd}')
-    if sum(member.compress_size for member in members) > size:
-        raise BadInput(f'{path} has members that overlap or reach beyond its end')
-    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
-        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
-    return archive
-
-
 def read_torch(path):
     """The dictionary in a file of torch.save, of which no code is run. Raises BadInput."""
     try:
@@ -849,7 +851,7 @@ def to_rgb(image):
     image = image.convert('RGB')
     if turn is not None:
         image = image.transpose(turn)
-        done.append('turned upright as their EXIF says')
+        done.append('turned upright as EXIF says')
     return image, done
 
 
@@ -899,7 +901,7 @@ def where_am_i():
     if torch.cuda.is_available():
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():                       # the slowest is waited for
+    if world > 1 and not dist.is_initialized():                       # processes wait a day for the slowest
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
     return rank, world, device
 
@@ -932,7 +934,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
 
     found        [(name, label)], shuffled here, so that the held-out end is a fair sample
     read         read(name) -> `read_picture`'s answer
-    meta         of the folder: with `found`, what a restart must agree with
+    meta         of the folder; a restart must agree with its source and VAE, and with `found`
     encode       uint8 (n, 3, size, size) -> float16 (n, 8, size / 8, size / 8); None keeps the pixels
     passed_over  [(name, reason)] that were not even read, `remarks` sentences: for the closing summary
     Raises BadInput; where the disk fails, what is done is kept for the next try.
@@ -975,7 +977,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
             shutil.rmtree(out / 'chunks')
         except OSError as error:
             raise failed(error) from None
-    for sentence in [*remarks, *(f'{n:,} pictures {what}' for what, n in sorted(done.items()))]:
+    for sentence in [*remarks, *(f'{n:,} picture{"s" * (n > 1)} {what}' for what, n in sorted(done.items()))]:
         print(sentence)
     tell(out, meta, f'{size} x {size} pixels')
     print(f'{rate:,.1f} pictures/s, {world} x {workers} threads' if count else 'nothing was left to read')
@@ -1064,9 +1066,7 @@ def gather(partial, count, dtype, shape, meta, skipped, seed):
         print(f'skipped {printable(name)}: {reason}')
     if len(skipped) > 10:
         print(f'... and {len(skipped) - 10:,} more, which skipped.txt names')
-    kinds = collections.Counter(reason.split(':')[0] for _, reason in skipped)
-    for kind, n in sorted(kinds.items()):
-        done[f'skipped: {kind}'] = n
+    done.update(f'skipped: {reason.split(":")[0]}' for _, reason in skipped)
     if len(labels) < 2:
         shutil.rmtree(partial)                                                # nothing in it is worth keeping
         why = f'; the first that is not: {printable(skipped[0][0])}, {skipped[0][1]}' if skipped else ''
@@ -1153,7 +1153,7 @@ def find_pictures(source):
                        f'a class or in none')
     others = collections.Counter(os.path.splitext(name)[1].lower() or 'without a suffix'
                                  for name in names if not name.lower().endswith(SUFFIXES))
-    sentences = [f'{n:,} files that are no pictures by their name, {printable(suffix)}: left out'
+    sentences = [f'{n:,} file{"s" * (n > 1)} left out, by name no picture: {printable(suffix)}'
                  for suffix, n in sorted(others.items())]
     if not any(os.sep in name for name in pictures):
         return [(name, 0) for name in pictures], [], [], sentences

@@ -1,5 +1,5 @@
-"""The five methods beside each other on `shapes`: the laptop's masked training, but with a learning rate that falls
-to 0 over the second half, and no tuning.
+"""The five methods beside each other on `shapes`: masked training alone, the laptop's but that the learning
+rate falls to 0 over the second half.
 
     python tests/compare.py --steps 600 --json assets/compare.json
 

@@ -78,7 +78,8 @@ def test_folder(tree, tmp_path, capsys):
     out = tmp_path / 'made'
     dataset = prepare('folder', tree, '--out', out, '--size', 16, '--workers', 2)
     told = capsys.readouterr().out
-    assert '9 pictures' in told and '3 skipped' in told and '1 files that are no pictures' in told
+    assert '9 pictures' in told and '3 skipped' in told and '1 picture skipped: not a picture' in told
+    assert '1 file left out, by name no picture: .txt' in told
     assert 'mean of the channels: ' in told and 'standard deviation of the channels: 0.' in told
     assert 'pictures/s' in told
     for name in ('empty.png', 'half.jpg', 'stray.png'):
@@ -225,7 +226,7 @@ def test_pictures_are_upright(orientation, tmp_path):
     stored.save(tmp_path / 'a.png', exif=exif)
     picture, done = data.read_picture(tmp_path / 'a.png', 8)
     assert np.array_equal(picture.transpose(1, 2, 0), upright)
-    assert done == ['turned upright as their EXIF says'] * (orientation > 1)
+    assert done == ['turned upright as EXIF says'] * (orientation > 1)
 
 
 def test_broken_exif_costs_no_picture(tmp_path):
