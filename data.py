@@ -27,7 +27,7 @@ keeps its number. Pictures are cut and scaled as ADM does, but first turned upri
 laid on white where they are transparent. What cannot be read is left out, counted, and named in
 skipped.txt. With --vae, pictures become moments of Stable Diffusion's VAE. Under torchrun, processes and
 GPUs share the work. Killed, by whatever and whenever, the same command goes on from the last 256 pictures,
-and ends with the same bytes.
+and ends with the same bytes; moments are taken up on the same kind of device alone.
 
 `celeba` takes all 202,599 pictures, cuts 128 pixels around (89, 121) and halves them with a triangle
 filter (Pillow's and torchvision's "bilinear"); --crop cuts elsewhere. `import` copies arrays .npy or .npz
@@ -35,7 +35,7 @@ filter (Pillow's and torchvision's "bilinear"); --crop cuts elsewhere. `import` 
 layout of EDM, EDM2 and REPA: pictures, or mean and standard deviation, beside a dataset.json. It tells
 which layout latents have, and how it knows. MaskDiT's LMDB, tar shards and LightningDiT's files are not
 read: they need a library or a reader of their own. Archives are never unpacked to disk, and no pickle is
-loaded.
+loaded. After a kill, `shapes`, `cifar10` and the import of arrays begin anew.
 """
 
 import argparse
@@ -46,6 +46,7 @@ import datetime
 import errno
 import fcntl
 import functools
+import glob
 import gzip
 import hashlib
 import io
@@ -85,6 +86,7 @@ class BadInput(ValueError):
 
 LATENT_SCALE = 0.18215                        # Stable Diffusion's, and so DiT's and MaskDiT's
 MOST_CLASSES = 1_000_000
+MOST_SIDE = 10_000                            # pixels, or numbers of a latent
 KINDS = {'images': ('uint8',), 'moments': ('float16',), 'latents': ('float16', 'float32')}
 
 
@@ -130,7 +132,7 @@ class Data:
             raise BadInput(f'{path}/meta.json needs text in "vae" and "vae_sha256", a file and its hash')
 
         shape, dtype = self.array.shape, self.array.dtype
-        if len(shape) != 4 or shape[2] != shape[3] or not 0 < min(shape[1:]) <= max(shape[1:]) <= 10_000 \
+        if len(shape) != 4 or shape[2] != shape[3] or not 0 < min(shape[1:]) <= max(shape[1:]) <= MOST_SIDE \
                 or dtype not in KINDS[self.kind]:
             raise BadInput(f'{path}/data.npy holds {dtype} {shape}: {self.kind} are '
                            f'{" or ".join(KINDS[self.kind])} (N, C, H, H), with pictures as high as wide')
@@ -197,16 +199,25 @@ def save_folder(out, rows, dtype, shape, meta, seed, count=0):
     """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
 
     The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of
-    several processes that make the same folder at once, the first wins. `count` is how many rows will come,
-    if known: room for them is looked for before the first. Returns what `describe` wrote.
+    several processes that make the same folder at once, the first wins. What killed ones left is removed.
+    `count` is how many rows will come, if known: room for them is looked for before the first. Returns what
+    `describe` wrote.
     """
     out = pathlib.Path(out)
-    partial = out.parent / f'.{out.name}.partial-{uuid.uuid4().hex}'
+    hidden = str(out.parent / f'.{out.name}.partial-')
+    partial = pathlib.Path(hidden + uuid.uuid4().hex)
     labels, needed = [], count * math.prod(shape) * np.dtype(dtype).itemsize
+    for litter in glob.glob(glob.escape(hidden) + '[0-9a-f]' * 32):
+        with contextlib.suppress(OSError), open(f'{litter}/data.npy', 'r+b') as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                  # fails while its writer lives
+            if file.read(1):                                                  # else it is about to lock it
+                shutil.rmtree(litter)
     check_room(out, needed)
     try:
         partial.mkdir(parents=True)
         with open(partial / 'data.npy', 'wb') as file:
+            with contextlib.suppress(OSError):                                # there are disks without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.write(npy_header(dtype, (0, *shape)))
             for row, label in rows:
                 file.write(np.ascontiguousarray(row, dtype).tobytes())
@@ -215,14 +226,14 @@ def save_folder(out, rows, dtype, shape, meta, seed, count=0):
             file.write(npy_header(dtype, (len(labels), *shape)))
             file.flush()
             os.fsync(file.fileno())
-        stored = np.load(partial / 'data.npy', mmap_mode='r') if labels else ()
-        sums = sum(channel_sums(stored[at:at + 100], meta) for at in range(0, len(stored), 100))
-        meta = describe(partial, labels, sums, meta, seed)
-        try:
-            os.rename(partial, out)
-        except OSError:
-            if not (out / 'meta.json').exists():                              # else somebody was faster
-                raise
+            stored = np.load(partial / 'data.npy', mmap_mode='r')
+            sums = sum(channel_sums(stored[at:at + 100], meta) for at in range(0, len(stored), 100))
+            meta = describe(partial, labels, sums, meta, seed)
+            try:
+                os.rename(partial, out)
+            except OSError:
+                if not (out / 'meta.json').exists():                          # else somebody was faster
+                    raise
     except OSError as error:
         raise cannot_write(out, error, needed) from None
     finally:
@@ -246,21 +257,18 @@ def describe(folder, labels, sums, meta, seed):
     """
     with whole_file(folder / 'labels.npy') as file:
         np.save(file, np.array(labels, np.int64))
-    meta = meta | {'count': len(labels)}
-    if labels:
-        array = np.load(folder / 'data.npy', mmap_mode='r')
-        mean, square = sums / array[:, 0].size
-        with np.errstate(invalid='ignore'):                                   # rows may be infinite
-            std = np.sqrt(np.maximum(square - mean ** 2, 0))
-        meta |= {'mean': mean.tolist(), 'std': std.tolist()}
-        some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
-        names = meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
-        images = array[some]
-        if array.dtype != np.uint8:
-            scale = meta.get('scale', LATENT_SCALE) if meta['kind'] == 'moments' else 1
-            x = torch.from_numpy(images[:, :3]).float() * scale / 3
-            images = to_uint8(x.nan_to_num()).numpy()
-        save_grid(folder / 'preview.png', images, [names[labels[i]] for i in some], columns=10)
+    array = np.load(folder / 'data.npy', mmap_mode='r')
+    mean, square = sums / array[:, 0].size
+    with np.errstate(invalid='ignore'):                                       # rows may be infinite
+        std = np.sqrt(np.maximum(square - mean ** 2, 0))
+    meta = meta | {'count': len(labels), 'mean': mean.tolist(), 'std': std.tolist()}
+    some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
+    names = meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
+    images = array[some]
+    if array.dtype != np.uint8:
+        scale = meta.get('scale', LATENT_SCALE) if meta['kind'] == 'moments' else 1
+        images = to_uint8((torch.from_numpy(images[:, :3]).float() * scale / 3).nan_to_num()).numpy()
+    save_grid(folder / 'preview.png', images, [names[labels[i]] for i in some], columns=10)
     with whole_file(folder / 'meta.json') as file:
         file.write((json.dumps(meta, indent=1) + '\n').encode())
     return meta
@@ -300,7 +308,7 @@ def whole_file(path):
 
 def check_room(out, needed):
     """Refuse to begin what the disk cannot hold."""
-    place = next((place for place in pathlib.Path(out).absolute().parents if place.is_dir()), '/')
+    place = next((place for place in pathlib.Path(out).absolute().parents if os.path.isdir(place)), '/')
     free = shutil.disk_usage(place).free
     if free < needed:
         raise BadInput(f'{out} needs {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free: make '
@@ -315,7 +323,7 @@ def cannot_write(out, error, needed=0, kept=''):
 
 
 def to_uint8(x):
-    """(n, C, H, W) floats about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput if infinite."""
+    """(n, C, H, W) about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput unless finite."""
     if not torch.isfinite(x).all():
         bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
         raise BadInput(f'pictures {bad} of a batch are not finite numbers: the network has diverged')
@@ -379,10 +387,6 @@ def draw_shapes(labels, size, rng):
     radius = rng.uniform(0.55, 0.85, (n, 1, 1)).astype(np.float32)            # of half the picture
     shift = rng.uniform(-1, 1, (2, n, 1, 1)).astype(np.float32) * (0.95 - radius)
     x, y = (at[None, None, :] - shift[0]) / radius, (at[None, :, None] - shift[1]) / radius
-    inside = np.empty((n, fine, fine), np.float32)
-    for k, shape in enumerate(SHAPES.values()):
-        inside[labels == k] = shape(x[labels == k], y[labels == k])
-    inside = inside.reshape(n, 1, size, SUPERSAMPLE, size, SUPERSAMPLE).mean((3, 5))     # (n, 1, size, size)
 
     paint = np.empty((n, 3), np.float32)                                      # far enough from the background
     ground = rng.uniform(0, 1, (n, 3)).astype(np.float32)
@@ -392,9 +396,15 @@ def draw_shapes(labels, size, rng):
         wrong = wrong[np.linalg.norm(paint[wrong] - ground[wrong], axis=1) < 0.6]
     slope = rng.uniform(-0.12, 0.12, (n, 3, 2, 1, 1)).astype(np.float32)      # the background's colour drifts
     line = at.reshape(size, SUPERSAMPLE).mean(1)
-    back = ground[:, :, None, None] + slope[:, :, 0] * line + slope[:, :, 1] * line[:, None]
-    pictures = inside * paint[:, :, None, None] + (1 - inside) * back
-    return np.rint(pictures.clip(0, 1) * 255).astype(np.uint8)
+    paint, ground = paint[:, :, None, None], ground[:, :, None, None]
+    pictures = np.empty((n, 3, size, size), np.uint8)
+    for k, shape in enumerate(SHAPES.values()):                               # in turn, for the memory's sake
+        i = np.flatnonzero(labels == k)
+        points = shape(x[i], y[i]).reshape(len(i), 1, size, SUPERSAMPLE, size, SUPERSAMPLE)
+        inside = points.mean((3, 5), np.float32)                              # (len(i), 1, size, size)
+        back = ground[i] + slope[i, :, 0] * line + slope[i, :, 1] * line[:, None]
+        pictures[i] = np.rint((inside * paint[i] + (1 - inside) * back).clip(0, 1) * 255)
+    return pictures
 
 
 def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
@@ -420,6 +430,44 @@ def open_data(path):
     if str(path) == 'shapes' and not os.path.exists('shapes'):
         make_shapes('shapes')
     return Data(path)
+
+
+# --------------------------------------------------------------------------------------- names, zip files
+
+UNPACKED = 50                                 # a zip file's members may unpack to 50 times its size
+
+
+def printable(name):
+    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
+def points_out(name):
+    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
+    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
+
+
+def open_zip(path):
+    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
+    try:
+        archive = zipfile.ZipFile(path)
+        size, members = os.path.getsize(path), archive.infolist()
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        why = getattr(error, 'strerror', None) or error
+        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
+    for member in members:
+        stored = member.compress_type == zipfile.ZIP_STORED
+        odd = 'points out of it' if points_out(member.filename) else \
+              'is a link' if stat.S_ISLNK(member.external_attr >> 16) else \
+              'is encrypted' if member.flag_bits & 1 else \
+              'lies about its length' if stored and member.file_size != member.compress_size else ''
+        if odd:
+            raise BadInput(f'{path} has a member {printable(member.filename)} that {odd}')
+    if sum(member.compress_size for member in members) > size:
+        raise BadInput(f'{path} has members that overlap or reach beyond its end')
+    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
+        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
+    return archive
 
 
 # ---------------------------------------------------------------------------------------------------- VAE
@@ -628,42 +676,6 @@ def read_vae(path, device='cpu'):
     return vae.to(device).eval().requires_grad_(False), hashlib.sha256(content).hexdigest()
 
 
-UNPACKED = 50                                 # times its own size may a zip file's members have together
-
-
-def printable(name):
-    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
-
-
-def points_out(name):
-    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
-    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
-
-
-def open_zip(path):
-    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
-    try:
-        archive = zipfile.ZipFile(path)
-        size, members = os.path.getsize(path), archive.infolist()
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        why = getattr(error, 'strerror', None) or error
-        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
-    for member in members:
-        stored = member.compress_type == zipfile.ZIP_STORED
-        odd = 'points out of it' if points_out(member.filename) else \
-              'is a link' if stat.S_ISLNK(member.external_attr >> 16) else \
-              'is encrypted' if member.flag_bits & 1 else \
-              'lies about its length' if stored and member.file_size != member.compress_size else ''
-        if odd:
-            raise BadInput(f'{path} has a member {printable(member.filename)} that {odd}')
-    if sum(member.compress_size for member in members) > size:
-        raise BadInput(f'{path} has members that overlap or reach beyond its end')
-    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
-        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
-    return archive
-
-
 def read_torch(path):
     """The dictionary in a file of torch.save, of which no code is run. Raises BadInput."""
     try:
@@ -815,13 +827,6 @@ def central_square(array):
     return array[top:top + side, left:left + side]
 
 
-def as_it_is(image, size):
-    """The crop of pictures that others have prepared: none. Raises BadInput for another size."""
-    if image.size != (size, size):
-        raise BadInput(f'not {size} x {size} like the first: {image.width} x {image.height}')
-    return image
-
-
 def to_rgb(image):
     """(RGB picture, what had to be done to it as a list of words)."""
     done = ['of several frames: the first is taken'] * getattr(image, 'is_animated', False)
@@ -846,7 +851,7 @@ def to_rgb(image):
     image = image.convert('RGB')
     if turn is not None:
         image = image.transpose(turn)
-        done.append('turned upright as their EXIF says')
+        done.append('turned upright as EXIF says')
     return image, done
 
 
@@ -896,7 +901,7 @@ def where_am_i():
     if torch.cuda.is_available():
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():                       # the slowest is waited for
+    if world > 1 and not dist.is_initialized():                       # processes wait a day for the slowest
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
     return rank, world, device
 
@@ -929,7 +934,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
 
     found        [(name, label)], shuffled here, so that the held-out end is a fair sample
     read         read(name) -> `read_picture`'s answer
-    meta         of the folder: with `found`, what a restart must agree with
+    meta         of the folder; a restart must agree with its source and VAE, and with `found`
     encode       uint8 (n, 3, size, size) -> float16 (n, 8, size / 8, size / 8); None keeps the pixels
     passed_over  [(name, reason)] that were not even read, `remarks` sentences: for the closing summary
     Raises BadInput; where the disk fails, what is done is kept for the next try.
@@ -945,7 +950,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
     chunks = [[found[i] for i in order[at:at + CHUNK]] for at in range(0, len(found), CHUNK)]
     listing = hashlib.sha256(os.fsencode('\0'.join(f'{name}\0{label}' for name, label in found)))
     plan = {'source': meta['source'], 'pictures': len(found), 'listing': listing.hexdigest(),
-            'vae_sha256': meta.get('vae_sha256'), 'chunk': CHUNK}
+            'vae_sha256': meta.get('vae_sha256'), 'device': device.type if encode else None, 'chunk': CHUNK}
     clock, mistake = time.perf_counter(), None
     with contextlib.ExitStack() as hold:
         todo = from_first(lambda: begin(out, partial, plan, len(chunks), row, hold), rank, world)
@@ -972,7 +977,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
             shutil.rmtree(out / 'chunks')
         except OSError as error:
             raise failed(error) from None
-    for sentence in [*remarks, *(f'{n:,} pictures {what}' for what, n in sorted(done.items()))]:
+    for sentence in [*remarks, *(f'{n:,} picture{"s" * (n > 1)} {what}' for what, n in sorted(done.items()))]:
         print(sentence)
     tell(out, meta, f'{size} x {size} pixels')
     print(f'{rate:,.1f} pictures/s, {world} x {workers} threads' if count else 'nothing was left to read')
@@ -1061,9 +1066,7 @@ def gather(partial, count, dtype, shape, meta, skipped, seed):
         print(f'skipped {printable(name)}: {reason}')
     if len(skipped) > 10:
         print(f'... and {len(skipped) - 10:,} more, which skipped.txt names')
-    kinds = collections.Counter(reason.split(':')[0] for _, reason in skipped)
-    for kind, n in sorted(kinds.items()):
-        done[f'skipped: {kind}'] = n
+    done.update(f'skipped: {reason.split(":")[0]}' for _, reason in skipped)
     if len(labels) < 2:
         shutil.rmtree(partial)                                                # nothing in it is worth keeping
         why = f'; the first that is not: {printable(skipped[0][0])}, {skipped[0][1]}' if skipped else ''
@@ -1090,7 +1093,7 @@ def already_there(out):
     if not os.path.lexists(out):
         return False
     chunks = pathlib.Path(out, 'chunks')
-    ours = chunks.is_dir() and os.path.exists(f'{out}/meta.json') and all(
+    ours = os.path.isdir(chunks) and os.path.exists(f'{out}/meta.json') and all(
         re.fullmatch(r'\d{6,}\.chunk|plan\.json|lock', path.name) for path in chunks.iterdir())
     if not ours:
         raise BadInput(f'{out} exists already: remove it, or choose another --out')
@@ -1150,7 +1153,7 @@ def find_pictures(source):
                        f'a class or in none')
     others = collections.Counter(os.path.splitext(name)[1].lower() or 'without a suffix'
                                  for name in names if not name.lower().endswith(SUFFIXES))
-    sentences = [f'{n:,} files that are no pictures by their name, {printable(suffix)}: left out'
+    sentences = [f'{n:,} file{"s" * (n > 1)} left out, by name no picture: {printable(suffix)}'
                  for suffix, n in sorted(others.items())]
     if not any(os.sep in name for name in pictures):
         return [(name, 0) for name in pictures], [], [], sentences
@@ -1303,6 +1306,25 @@ def make_cifar(source, out, seed=0):
     tell(out, save_folder(out, rows, 'uint8', (3, 32, 32), meta, seed, len(order)), '32 x 32')
 
 
+MAX_BYTES = 2 ** 27                           # of a picture in a zip file
+
+
+def open_tree(source):
+    """(names of the files in a folder or a zip file, name -> what `read_picture` takes, that zip or None)."""
+    if os.path.isdir(source):
+        return files_under(source)[0], functools.partial(os.path.join, source), None
+    if not os.path.exists(source):
+        raise BadInput(f'there is no {source}')
+    archive = open_zip(source)
+
+    def read(name):
+        if archive.getinfo(name).file_size > MAX_BYTES:
+            raise BadInput(f'too large for a picture: {archive.getinfo(name).file_size:,} bytes')
+        return archive.read(name)
+    names = sorted(name for name in archive.namelist() if not name.endswith('/'))
+    return names, lambda name: functools.partial(read, name), archive
+
+
 def celeba_crop(image, size, side, x, y):
     """`side` pixels around (x, y) of an aligned picture, scaled by a triangle filter, as others scale it."""
     if image.size != (178, 218):
@@ -1343,9 +1365,10 @@ def make_celeba(source, out, size, crop, attribute, workers):
     if not (1 <= side and 0 <= x - side // 2 <= 178 - side and 0 <= y - side // 2 <= 218 - side):
         raise BadInput(f'--crop {side} {x} {y} reaches out of the 178 x 218 pixels')
     rank, world, _ = where_am_i()
+    files, opened, _ = open_tree(source)
 
     def find():
-        names = [name for name in open_tree(source)[0]
+        names = [name for name in files
                  if name.lower().endswith('.jpg') and not os.path.basename(name).startswith('.')]
         if not names:
             raise BadInput(f'{source} holds no .jpg: expected img_align_celeba.zip, or the folder in it')
@@ -1357,7 +1380,6 @@ def make_celeba(source, out, size, crop, attribute, workers):
         return [(name, labels[os.path.basename(name)]) for name in names]
 
     found = from_first(find, rank, world)
-    opened = open_tree(source)[1]
     cut = functools.partial(celeba_crop, side=side, x=x, y=y)
     meta = {'kind': 'images', 'classes': 2 if attribute else 0,
             'source': f'CelebA, {side} pixels around ({x}, {y}) to {size}, classes by {attribute}'}
@@ -1366,25 +1388,6 @@ def make_celeba(source, out, size, crop, attribute, workers):
 
 
 # ------------------------------------------------------------------------------------------------- import
-
-MAX_BYTES = 2 ** 27                           # of a picture in a zip file
-
-
-def open_tree(source):
-    """(names of the files in a folder or a zip file, a function that gives what `read_picture` takes)."""
-    if os.path.isdir(source):
-        return files_under(source)[0], functools.partial(os.path.join, source)
-    if not os.path.exists(source):
-        raise BadInput(f'there is no {source}')
-    archive = open_zip(source)
-
-    def read(name):
-        if archive.getinfo(name).file_size > MAX_BYTES:
-            raise BadInput(f'too large for a picture: {archive.getinfo(name).file_size:,} bytes')
-        return archive.read(name)
-    names = sorted(name for name in archive.namelist() if not name.endswith('/'))
-    return names, lambda name: functools.partial(read, name)
-
 
 def map_array(path, begin=0, length=None):
     """The array of the .npy file that lies at `begin` in the file `path`, mapped. Raises BadInput."""
@@ -1421,12 +1424,11 @@ def place_of(archive, name):
     return archive.filename, begin, member.file_size
 
 
-def dataset_labels(source, names):
+def dataset_labels(source, archive, names):
     """Labels (N,) of the files `names`, or None, by EDM's dataset.json: {"labels": [[name, class], ...]}."""
     most = 1000 + 200 * len(names)                                            # bytes; an entry has about 50
     try:
-        with open(os.path.join(source, 'dataset.json'), 'rb') if os.path.isdir(source) \
-                else open_zip(source).open('dataset.json') as file:
+        with archive.open('dataset.json') if archive else open(f'{source}/dataset.json', 'rb') as file:
             content = file.read(most + 1)
         if len(content) > most:
             raise ValueError(f'more than {most:,} bytes')
@@ -1443,27 +1445,26 @@ def dataset_labels(source, names):
                        f'{len(names):,} files: {type(error).__name__} {printable(error)[:100]}') from None
 
 
-def open_arrays(source):
+def open_arrays(source, names, archive):
     """(what it is, number of rows, row(i) -> array, labels (N,) or None) of others' arrays, or BadInput."""
     path = pathlib.Path(source)
     if features := sorted(path.glob('*_features')):
-        names = {name: features[0] / name for name in files_under(features[0])[0]}
+        inside = features[0].name + os.sep
+        order = [name.removeprefix(inside) for name in names if name.startswith(inside)]
         beside = pathlib.Path(str(features[0]).removesuffix('_features') + '_labels')
-        if len(features) > 1 or not names or not all(re.fullmatch(r'\d{1,9}\.npy', name) for name in names):
+        if len(features) > 1 or not order or not all(re.fullmatch(r'\d{1,9}\.npy', name) for name in order):
             raise BadInput(f'{source} should hold one folder NAME_features of 0.npy, 1.npy, ...')
-        order = sorted(names)                                                 # any will do: it is shuffled
         if lost := [name for name in order if not (beside / name).is_file()]:
             raise BadInput(f'{beside} lacks {lost[0]} and {len(lost) - 1} more: each feature needs its label')
         labels = [map_array(beside / name).reshape(-1)[0] for name in order]
-        return "fast-DiT's features", len(order), lambda i: map_array(names[order[i]]), np.array(labels)
-    if path.is_dir() or path.suffix == '.zip':
-        names = open_tree(source)[0]
+        row = lambda i: map_array(features[0] / order[i])
+        return "fast-DiT's features", len(order), row, np.array(labels)
+    if path.is_dir() or archive:
         order = [name for name in names if name.endswith('.npy')]
         if not order:
             raise BadInput(f'{source} holds neither dataset.json with .png or .npy files, nor a folder '
                            f'NAME_features: type the folder or the zip file that does')
-        labels = dataset_labels(source, order)
-        archive = None if path.is_dir() else open_zip(source)
+        labels = dataset_labels(source, archive, order)
         row = lambda i: map_array(*(place_of(archive, order[i]) if archive else (path / order[i],)))
         return "EDM's layout of arrays", len(order), row, labels
     if path.suffix == '.npz':
@@ -1510,15 +1511,15 @@ def make_import(source, out, layout, scale, workers, seed=0):
     path = pathlib.Path(source)
     if not os.path.exists(path):
         raise BadInput(f'there is no {source}')
-    if path.is_dir() or path.suffix == '.zip':
-        names, opened = open_tree(source)
-        pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-        if pictures and 'dataset.json' in names:
-            pictures_take_no_flags()
-            return import_pictures(source, pictures, opened, out, workers)
+    tree = path.is_dir() or path.suffix == '.zip'
+    names, opened, archive = open_tree(source) if tree else ((), None, None)
+    pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
+    if pictures and 'dataset.json' in names:
+        pictures_take_no_flags()
+        return import_pictures(source, pictures, opened, archive, out, workers)
     if int(os.environ.get('RANK', 0)):
         return None
-    what, count, row, labels = open_arrays(source)
+    what, count, row, labels = open_arrays(source, names, archive)
     if count < 2:
         raise BadInput(f'{source} holds 1 row: at least 2 are needed, one to train on and one held out')
     order = np.random.default_rng(seed).permutation(count)
@@ -1575,21 +1576,24 @@ def make_import(source, out, layout, scale, workers, seed=0):
               f'what it is multiplied by')
 
 
-def import_pictures(source, names, opened, out, workers):
+def as_it_is(image, size):
+    """The crop of pictures that others have prepared: none. Raises BadInput for another size."""
+    if image.size != (size, size):
+        raise BadInput(f'not {size} x {size} like the first: {image.width} x {image.height}')
+    return image
+
+
+def import_pictures(source, names, opened, archive, out, workers):
     """EDM's layout of pictures: a folder or zip file of them, all as large as the first, and dataset.json."""
     rank, world, _ = where_am_i()
 
     def find():
-        labels = dataset_labels(source, names)
-        try:
-            first = opened(names[0])
-            with Image.open(io.BytesIO(first()) if callable(first) else first, formats=FORMATS) as image:
-                size = image.width
-        except Exception as error:                                            # a broken file raises anything
-            raise BadInput(f'{source}: its first picture cannot be read: {printable(error)}') from None
-        classes = 0 if labels is None else int(labels.max()) + 1
-        return size, classes, [(name, int(label)) for name, label in
-                               zip(names, np.zeros(len(names)) if labels is None else labels)]
+        labels = dataset_labels(source, archive, names)
+        first = read_picture(opened(names[0]), 1, lambda image, _: image)
+        if isinstance(first, str) or first[0].shape[1] != first[0].shape[2]:
+            raise BadInput(f'{source}: its first picture cannot be read, or is not as high as wide')
+        size, classes = first[0].shape[1], 0 if labels is None else int(labels.max()) + 1
+        return size, classes, [*zip(names, [0] * len(names) if labels is None else labels.tolist())]
 
     size, classes, found = from_first(find, rank, world)
     if rank == 0:
@@ -1640,8 +1644,9 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    if min(getattr(args, name, 1) for name in ('size', 'workers')) < 1 or getattr(args, 'n', 2) < 2:
-        raise BadInput('--size and --workers must be at least 1, --n at least 2')
+    if not 1 <= getattr(args, 'size', 1) <= MOST_SIDE or getattr(args, 'workers', 1) < 1 \
+            or getattr(args, 'n', 2) < 2:
+        raise BadInput(f'--size must be from 1 to {MOST_SIDE:,}, --workers at least 1, --n at least 2')
     scale = getattr(args, 'scale', None)
     if getattr(args, 'seed', 0) < 0 or scale is not None and not 0 < scale < 1e6:
         raise BadInput('--seed must be at least 0, --scale above 0 and below a million')

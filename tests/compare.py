@@ -1,4 +1,5 @@
-"""The five methods beside each other on `shapes`, with the laptop's settings and masked training alone.
+"""The five methods beside each other on `shapes`: masked training alone, the laptop's but that the learning
+rate falls to 0 over the second half.
 
     python tests/compare.py --steps 600 --json assets/compare.json
 

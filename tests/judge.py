@@ -1,6 +1,6 @@
 """Do samples show the class they were asked for? A small classifier of real `shapes` says.
 
-    python sample.py CKPT --n 500 --balanced --cfg 3 --npz out/judged.npz
+    python sample.py CKPT --n 500 --balanced --cfg 4 --npz out/judged.npz
     python tests/judge.py out/judged.npz
 
 Trains the classifier on drawn shapes of the samples' size (half a minute on two cores), tests it on unseen

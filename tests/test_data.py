@@ -6,6 +6,7 @@ How other data get there is in test_prepare.py.
 import json
 import multiprocessing
 import runpy
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -194,6 +195,22 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_living_writer_is_left_alone(tmp_path):
+    """Of two that make one folder the first wins, and neither takes the other's beginnings for litter."""
+
+    def rows(inner):
+        for k in range(4):
+            yield np.zeros((3, 64, 64)), int(inner)
+            if k == 2 and not inner:
+                data.save_folder(tmp_path / 'd', rows(True), 'uint8', (3, 64, 64), meta, 0)
+                assert len(list(tmp_path.iterdir())) == 2
+
+    meta = {'kind': 'images', 'classes': 2}
+    data.save_folder(tmp_path / 'd', rows(False), 'uint8', (3, 64, 64), meta, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ['d']
+    assert data.Data(tmp_path / 'd').labels.tolist() == [1] * 4
+
+
 def test_not_finite_pictures_are_refused():
     x = torch.zeros(3, 3, 2, 2)
     x[1, 0, 0, 0] = torch.nan
@@ -221,6 +238,24 @@ def test_shapes_are_a_function_of_the_seed(tmp_path):
         and dataset.class_names == list(data.SHAPES)
     )
     assert Image.open(tmp_path / 'a' / 'preview.png').size[0] > 300
+
+
+def test_a_shape_depends_on_no_other():
+    """Of the same random numbers, a picture among others is what it is among those of its class."""
+    labels = np.random.default_rng(1).integers(8, size=30)                    # two classes are not there
+    alike = [data.draw_shapes(np.full(30, k), 8, np.random.default_rng(0)) for k in range(8)]
+    pictures = data.draw_shapes(labels, 8, np.random.default_rng(0))
+    assert all(np.array_equal(picture, alike[k][i]) for i, (k, picture) in enumerate(zip(labels, pictures)))
+
+
+def test_large_shapes_take_little_memory():
+    """The 4 x 4 points a pixel of all pictures, in float32, would be twice as much as is allowed here."""
+    labels = np.arange(100) % 10
+    tracemalloc.start()
+    data.draw_shapes(labels, 64, np.random.default_rng(0))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 256 ** 2 * 4 / 2
 
 
 def test_colours_do_not_give_the_class_away():
@@ -302,6 +337,9 @@ def test_default_data(tmp_path, monkeypatch):
         (['shapes', '--seed', '-1'], '--seed must be at least 0'),
         (['shapes', '--out', 'empty'], 'exists already'),
         (['shapes', '--n', '1'], 'at least 2'),
+        (['shapes', '--size', '10001'], 'from 1 to 10,000'),
+        (['folder', 'single', '--size', '12000'], 'from 1 to 10,000'),
+        (['shapes', '--out', 'a' * 300 + '/b'], 'File name too long'),
         (['shapes', '--out', 'file/inside'], 'cannot write'),
         (['shapes', '--colour', 'red'], 'unrecognized arguments'),
     ],

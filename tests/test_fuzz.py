@@ -61,6 +61,17 @@ PATIENCE, MEMORY = 60, 4 << 30                # of one case: seconds on a busy c
 # ------------------------------------------------------------------------------------- what cases start from
 
 
+@contextlib.contextmanager
+def chdir(folder):
+    """contextlib.chdir, which Python 3.10 does not have."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 class Blind(torch.nn.Module):
     """In place of Inception: the fuzz is after what reads files, not after convolutions."""
 
@@ -95,7 +106,7 @@ TINY = ['--model', 'T/4', '--batch', '4', '--precision', 'fp32', '--log-every', 
 
 def make_base(folder):
     """A folder with one of everything that can be read: data, checkpoints, a log, statistics, pictures."""
-    with contextlib.chdir(folder):
+    with chdir(folder):
         data.make_shapes('images', size=8, count=60)
         rng = np.random.default_rng(0)
         for kind, shape, dtype in (('moments', (8, 8, 8), 'float16'), ('latents', (4, 8, 8), 'float32')):
@@ -536,7 +547,7 @@ def one(number, base):
     with tempfile.TemporaryDirectory() as place:
         inside = pathlib.Path(place, 'one', 'two')                            # for ../..
         shutil.copytree(base, inside)
-        with contextlib.chdir(inside):
+        with chdir(inside):
             target = TARGETS[number % len(TARGETS)]
             script, *argv = target(rng)
             print(json.dumps([number, target.__name__, script, *argv]), flush=True)
@@ -823,7 +834,7 @@ def harm():
 def test_harmful_files_are_refused_in_a_sentence_and_run_nothing(base, tmp_path):
     """By the scripts as they are typed: exit status 2, below 2 seconds of computing and 1 GB of memory."""
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
-    with contextlib.chdir(tmp_path):
+    with chdir(tmp_path):
         assert [*beside(good_checkpoint)] == [0]
         for name, (content, _) in harmful(torch.load('good.pt', weights_only=True)).items():
             path = pathlib.Path(name)
@@ -858,7 +869,7 @@ def interrupted(script):
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_ctrl_c_is_answered_by_a_word(tmp_path, script):
-    with contextlib.chdir(tmp_path):
+    with chdir(tmp_path):
         assert [*beside(interrupted, script)] == [128 + signal.SIGINT]
         assert re.fullmatch(rf'{script}: interrupted.*\n', pathlib.Path('complained').read_text())
 

@@ -78,7 +78,8 @@ def test_folder(tree, tmp_path, capsys):
     out = tmp_path / 'made'
     dataset = prepare('folder', tree, '--out', out, '--size', 16, '--workers', 2)
     told = capsys.readouterr().out
-    assert '9 pictures' in told and '3 skipped' in told and '1 files that are no pictures' in told
+    assert '9 pictures' in told and '3 skipped' in told and '1 picture skipped: not a picture' in told
+    assert '1 file left out, by name no picture: .txt' in told
     assert 'mean of the channels: ' in told and 'standard deviation of the channels: 0.' in told
     assert 'pictures/s' in told
     for name in ('empty.png', 'half.jpg', 'stray.png'):
@@ -225,7 +226,7 @@ def test_pictures_are_upright(orientation, tmp_path):
     stored.save(tmp_path / 'a.png', exif=exif)
     picture, done = data.read_picture(tmp_path / 'a.png', 8)
     assert np.array_equal(picture.transpose(1, 2, 0), upright)
-    assert done == ['turned upright as their EXIF says'] * (orientation > 1)
+    assert done == ['turned upright as EXIF says'] * (orientation > 1)
 
 
 def test_broken_exif_costs_no_picture(tmp_path):
@@ -454,6 +455,7 @@ def test_a_restart_makes_only_what_is_missing(half_done, monkeypatch, capsys):
     many, tmp_path = half_done
     read, seen = data.read_picture, []
     monkeypatch.setattr(data, 'read_picture', lambda name, size: (seen.append(name), read(name, size))[1])
+    monkeypatch.setattr(data, 'where_am_i', lambda: (0, 1, torch.device('cuda')))  # pixels are the same there
     prepare('folder', many / 'src', '--out', tmp_path / 'out', '--size', 4)
     assert len(seen) == len(set(seen)) == 3153 - 3 * data.CHUNK
     assert 'has 3 of 13 chunks' in capsys.readouterr().out
@@ -568,6 +570,20 @@ def test_a_mistake_of_one_process_stops_all_in_a_sentence(spoil, many, tmp_path,
     assert words[spoil] in told
 
 
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    (tmp_path / '.out.partial-mine').mkdir()                                  # a name of somebody else's
+    argv = ['shapes', '--out', str(tmp_path / 'out'), '--size', '64']
+    process, = begin(argv, 1)
+    while not (rows := [path for path in tmp_path.glob('.out.partial-*/data.npy') if path.stat().st_size]):
+        assert process.is_alive()
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert rows[0].exists() and not (tmp_path / 'out').exists()
+    assert prepare('shapes', '--out', tmp_path / 'out', '--n', 20).count == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['.out.partial-mine', 'out']
+
+
 @pytest.mark.slow
 def test_an_interrupt_ends_in_a_sentence(many, tmp_path):
     command = [sys.executable, ROOT / 'data.py', 'folder', many / 'src', '--out', 'out', '--size', '256']
@@ -627,6 +643,23 @@ def test_the_next_pictures_are_read_while_some_are_encoded(tmp_path):
     meta = {'kind': 'moments', 'classes': 0, 'scale': 1, 'source': 'test'}
     data.prepare(tmp_path / 'made', names, read_one, meta, 8, 2, encode)
     assert sum(encoded) == len(read) == len(names) and max(lead) <= 2 * data.CHUNK
+
+
+def test_moments_are_begun_and_ended_on_one_kind_of_device(tmp_path, monkeypatch):
+    """A GPU's differ from a CPU's in the last bits."""
+    def encode(pictures):
+        if list(tmp_path.rglob('*.chunk')):
+            raise RuntimeError('stopped')
+        return np.zeros((len(pictures), 8, 1, 1), np.float16)
+
+    meta = {'kind': 'moments', 'classes': 0, 'scale': 1, 'source': 'test'}
+    arguments = (tmp_path / 'made', [(str(k), 0) for k in range(2 * data.CHUNK)],
+                 lambda name: (np.zeros((3, 8, 8), np.uint8), []), meta, 8, 1, encode)
+    with pytest.raises(RuntimeError, match='stopped'):
+        data.prepare(*arguments)
+    monkeypatch.setattr(data, 'where_am_i', lambda: (0, 1, torch.device('cuda')))
+    with pytest.raises(data.BadInput, match='device was cpu and is now cuda'):
+        data.prepare(*arguments)
 
 
 def test_refusals_with_a_vae(tree, tmp_path, vae_file, monkeypatch):  # noqa: F811
@@ -1068,6 +1101,27 @@ def test_import_of_edms_pictures(packed, tmp_path, capsys):
     assert '40 pictures 6 x 6, 5 classes' in told
     for flags in (('--layout', 'sampled'), ('--scale', 0.5)):
         assert 'for latents' in refused('import', source, '--out', tmp_path / 'no', *flags)
+
+
+def test_the_first_of_edms_pictures_must_be_square(tmp_path):
+    source = save_edm(tmp_path / 'src', np.zeros((4, 6, 6, 3), np.uint8), None, 'png')
+    first = source / '00000' / 'img00000000.png'
+    for spoil in (lambda: Image.new('RGB', (6, 7)).save(first), lambda: first.write_bytes(b'x')):
+        spoil()
+        told = refused('import', source, '--out', tmp_path / 'made')
+        assert told.endswith('its first picture cannot be read, or is not as high as wide')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['src']
+
+
+def test_a_source_is_listed_once(celeba, tmp_path, monkeypatch):
+    listed = []
+    for name in ('files_under', 'open_zip'):
+        true = getattr(data, name)
+        monkeypatch.setattr(data, name, lambda path, true=true: (listed.append(path), true(path))[1])
+    prepare('celeba', celeba, '--out', tmp_path / 'faces')
+    source = str(zip_inside(tmp_path / 'edm.zip', save_edm(tmp_path / 'edm', np.zeros((4, 8, 1, 1)), None)))
+    prepare('import', source, '--out', tmp_path / 'arrays')
+    assert listed == [str(celeba), source]
 
 
 # ------------------------------------------------------------------------------------------- hostile files
