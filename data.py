@@ -312,7 +312,7 @@ def check_room(out, needed):
     free = shutil.disk_usage(place).free
     if free < needed:
         raise BadInput(f'{out} needs {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free: make '
-                       f'room, or choose another --out')
+                       f'room, or choose another place')
 
 
 def cannot_write(out, error, needed=0, kept=''):
@@ -894,12 +894,19 @@ CHUNK = 256                                   # pictures; at 256 pixels 4 MB of 
 BATCH = {'cpu': 4, 'cuda': 32}                # pictures that a VAE encodes at a time; of 512 pixels a quarter
 
 
-def where_am_i():
-    """(rank, world, device), with the process group set up if torchrun started us."""
+def where_am_i(gpu=False):
+    """(rank, world, device), with the process group set up if torchrun started us.
+
+    Only with `gpu` does a process take its GPU, if there are any. Raises BadInput if that is one too many.
+    """
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = torch.device('cpu')
-    if torch.cuda.is_available():
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+    if gpu and torch.cuda.is_available():
+        local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise BadInput(f'process {local} of this machine, counted from 0, has no GPU, for there are '
+                           f'{gpus}: type --nproc_per_node {gpus}')
+        device = torch.device('cuda', local)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():                       # processes wait a day for the slowest
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
@@ -939,7 +946,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
     passed_over  [(name, reason)] that were not even read, `remarks` sentences: for the closing summary
     Raises BadInput; where the disk fails, what is done is kept for the next try.
     """
-    rank, world, device = where_am_i()
+    rank, world, device = where_am_i(gpu=encode)
     out = pathlib.Path(out)                                                   # without a slash at its end
     partial = pathlib.Path(f'{out}.partial')
     side = size // VAE_FACTOR
@@ -1169,7 +1176,7 @@ def find_pictures(source):
 
 def make_folder(source, out, size, workers, vae=None):
     """Prepare a tree of pictures, as pixels or, with the file of a VAE, as moments. Raises BadInput."""
-    rank, world, device = where_am_i()
+    rank, world, device = where_am_i(gpu=vae)
     if vae and size % VAE_FACTOR:
         raise BadInput(f'--size {size} must be a multiple of {VAE_FACTOR} for the VAE')
     meta = {'kind': 'moments' if vae else 'images', 'source': f'folder, {size} pixels'}

@@ -708,7 +708,8 @@ def open_data(path):
         raise BadInput(f'{path} is no readable data folder: {why}') from None
     if kind != 'images':
         found = ' '.join(str(kind)[:50].split())
-        raise BadInput(f'{path} is a data folder of {found}, expected images: decode them first')
+        raise BadInput(f'{path} is a data folder of {found}, expected images: prepare the same '
+                       f'pictures without --vae (python data.py folder SRC --out DIR --size 256)')
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise BadInput(f'{path}/data.npy holds {array.dtype} {array.shape}, expected uint8 (n, 1 or 3, H, W)')
     n, C, H, W = array.shape
@@ -899,7 +900,7 @@ def evaluate(reference, samples=None, weights=None, sha256=None, pr='adm', save_
     """A dictionary of the five measures, and of what one must know to compare them; None but on process 0.
 
     fid, sfid, inception_score, precision, recall    numbers; `left_out` says why one is absent
-    fifths                                           FID and Inception Score of five parts, if n is not 50,000
+    fifths                                           FID, Inception Score of fifths, unless n is 50,000 +- 1 %
     notes                                            sentences, see `cautions`
     Without `samples` there is nothing to measure, but the reference's statistics go to the file `save_stats`.
     """
@@ -1033,7 +1034,11 @@ def main(argv=None):
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = torch.device('cpu')
     if torch.cuda.is_available():
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
+        local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise BadInput(f'process {local} of this machine, counted from 0, has no GPU, for there are '
+                           f'{gpus}: type --nproc_per_node {gpus}')
+        device = torch.device('cuda', local)
     if world > 1 and not dist.is_initialized():                             # what travels is in main memory
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
 

@@ -160,6 +160,9 @@ def read_inpainting(args, cfg, vae=None):
         tuned = ', tuned' * (cfg['stage'] == 'tune')
         raise BadInput(f'--inpaint needs a checkpoint of mdt, maskdit or mcdit before its tuning, which can '
                        f'fill masked slots, and this is {cfg["method"]}{tuned}')
+    if cfg.get('tokens', 'both') != 'both':                                   # MC-DiT Table 10
+        raise BadInput('--inpaint gives the decoder noisy and clean tokens, and this network was trained on '
+                       'one kind alone, by --tokens noisy or clean: take one that was trained on both')
     try:
         if args.inpaint.endswith('.npy'):
             x0 = torch.from_numpy(np.load(args.inpaint)).double()
@@ -303,7 +306,8 @@ def parse(argv):
     flag('checkpoint', help='file of train.py or finetune.py')
     flag('-n', '--n', type=int, default=16, help='number of images (under torchrun -n, which before '
                         'Python 3.12 takes --n for an option of its own)')
-    flag('--steps', type=int, default=40, help='steps of the sampler; 2 n - 1 evaluations')
+    flag('--steps', type=int, default=40, help='of the sampler, which evaluates the network twice a step, '
+                        'and once in the last')
     flag('--seed', type=int, default=0)
     flag('--class', type=int, nargs='+', dest='classes', help='only these classes')
     flag('--balanced', action='store_true', help='classes in turn instead of at random')
@@ -333,18 +337,43 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+@contextlib.contextmanager
+def writing(flag, file):
+    """Tells an OSError as a BadInput that names what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f'cannot write {file}: {error.strerror or error}: choose another {flag}') from None
+
+
+def begin(args, grid, shape, dtype, until_open):
+    """Process 0 alone: what cannot be written is found out now, not after hours.
+
+    Returns the name of an .npy file that gathers the images, as memory might not hold them. `until_open`
+    removes it; who has opened it keeps it, and however a run ends, nothing is left.
+    """
+    file, flag = (args.npz, '--npz') if args.npz else (grid, '--out')
+    data.check_room(file, math.prod(shape) * dtype.itemsize * (2 if args.npz else 1))
+    with writing('--out', grid):
+        tempfile.TemporaryFile(dir=pathlib.Path(grid).parent).close()
+    if args.png:
+        with writing('--png', args.png):
+            os.makedirs(args.png, exist_ok=True)
+    with writing(flag, file):
+        scratch = tempfile.NamedTemporaryFile(dir=pathlib.Path(file).parent, suffix='.npy')
+        np.lib.format.open_memmap(until_open.enter_context(scratch).name, 'w+', dtype, shape)
+    return scratch.name
+
+
 def main(argv=None):
     args = parse(argv)
 
     # where am I
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = torch.device('cpu')
-    if torch.cuda.is_available():
-        device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    rank, world, device = data.where_am_i(gpu=True)
     barrier = dist.barrier if world > 1 else lambda: None
+    if (here := int(os.environ.get('LOCAL_WORLD_SIZE', world))) != world:
+        raise BadInput(f'images gather in a file of one machine, and {here} of {world} processes are on '
+                       f'this one: sample on each machine by itself, with a --seed of its own')
 
     # what is asked for
     net, cfg = model.load_net(args.checkpoint, device)
@@ -386,20 +415,18 @@ def main(argv=None):
         raise BadInput(f'{args.png} is not empty: clear it, or choose another --png')
     if not grid.endswith('.png') or os.path.isdir(grid):
         raise BadInput(f'--out {grid} must be a file that ends in .png')
-    try:
-        for file in [grid] + [args.npz] * bool(args.npz):
-            tempfile.TemporaryFile(dir=pathlib.Path(file).parent).close()     # found out now, not after hours
-    except OSError as error:
-        raise BadInput(f'cannot write to {error.filename}, where --out or --npz goes: '
-                       f'{error.strerror}') from None
-    barrier()                                                                 # all have looked; now write
+    if args.out and os.path.exists(args.out):
+        raise BadInput(f'{args.out} exists already: remove it, or choose another --out')
 
     # make the images: process r takes r, r + world, ...
     precision = pick_precision(args.precision, device)
     make_ready(net, precision, args.compile)
+    fill_steps = 1 if args.fill_steps is None else args.fill_steps
     settings = {'checkpoint': str(stem), 'n': args.n, 'steps': args.steps, 'seed': args.seed, 'cfg': args.cfg,
                 'labels': 'balanced' if args.balanced else 'uniform at random', 'classes': args.classes,
                 'cfg_interval': args.cfg_interval, 'cfg_power': args.cfg_power, 'inpaint': args.inpaint,
+                'mask': args.mask, 'fill_steps': None if unfit else fill_steps,
+                'precision': str(precision).removeprefix('torch.'),
                 'S_churn': args.S_churn, 'S_min': args.S_min, 'S_noise': args.S_noise,
                 'S_max': args.S_max if args.S_max < math.inf else None} | decoder
     if rank == 0 and vae:
@@ -407,62 +434,57 @@ def main(argv=None):
         if cfg.get('vae_sha256') not in (None, decoder['vae_sha256']):
             print(f'note: the data was made with another VAE file, SHA-256 {cfg["vae_sha256"]}')
     w = guidance(args.cfg, cfg, args.cfg_interval, args.cfg_power)
-    fill_steps = 1 if args.fill_steps is None else args.fill_steps
     labels = [label_of(args.seed, i, allowed, args.balanced) for i in range(args.n)]
     mine = list(range(args.n))[rank::world]
     batches = [mine[k:k + args.batch] for k in range(0, len(mine), args.batch)]
-    scratch = (args.npz or grid) + '.partial.npy'                         # a file, not memory, holds them all
     kept = args.n if args.npz else min(args.n, 100)
     side = cfg['resolution'] * (data.VAE_FACTOR if vae else 1)
     shape = (kept, cfg['channels'] if args.latents else 3, side, side)
-    try:
-        with contextlib.ExitStack() as finally_:
-            if rank == 0:
-                finally_.callback(lambda: pathlib.Path(scratch).unlink(missing_ok=True))
-                dtype = np.float32 if args.latents else np.uint8
-                np.lib.format.open_memmap(scratch, 'w+', dtype, shape).flush()
+    dtype = np.dtype(np.float32 if args.latents else np.uint8)
+    with contextlib.ExitStack() as until_open:
+        store = np.lib.format.open_memmap(
+            data.from_first(lambda: begin(args, grid, shape, dtype, until_open), rank, world), 'r+')
+        barrier()                                                             # all have it: it needs no name
+    with tqdm(total=len(batches) * (2 * args.steps - 1), desc='sampling', disable=rank > 0 or None) as bar:
+        for batch in batches:
+            try:
+                x = generate(net, cfg, args.seed, batch, [labels[i] for i in batch], args.steps, w, precision,
+                             bar, inpaint, fill_steps, S_churn=args.S_churn, S_min=args.S_min,
+                             S_max=args.S_max, S_noise=args.S_noise)
+                x = vae.decode(x / latent_scale(cfg)) if vae else x
+            except torch.OutOfMemoryError:
+                less = f'type --batch {len(batch) // 2}' if len(batch) > 1 else 'use a larger one'
+                raise BadInput(f'the GPU has too little memory for {len(batch)} images at a time'
+                               + ', each twice for guidance' * (args.cfg != 1) + f': {less}') from None
+            for i, finite in zip(batch, x.isfinite().flatten(1).all(1).tolist()):
+                if not finite:
+                    raise BadInput(f'image {i} of --seed {args.seed}, label {labels[i]}, is not finite: ' + (
+                        'float16 may be too narrow for this network, try --precision fp32'
+                        if precision == torch.float16 else 'the network has diverged'))
+            for i, image in zip(batch, (x.float().cpu() if args.latents else picture(x)).numpy()):
+                if i < kept:
+                    store[i] = image
                 if args.png:
-                    os.makedirs(args.png, exist_ok=True)
-            barrier()
-            store = np.lib.format.open_memmap(scratch, 'r+')
-            evaluations = len(batches) * (2 * args.steps - 1)
-            with tqdm(total=evaluations, desc='sampling', disable=rank > 0 or None) as bar:
-                for batch in batches:
-                    x = generate(net, cfg, args.seed, batch, [labels[i] for i in batch], args.steps, w,
-                                 precision, bar, inpaint, fill_steps, S_churn=args.S_churn,
-                                 S_min=args.S_min, S_max=args.S_max, S_noise=args.S_noise)
-                    pictures = picture(vae.decode(x / latent_scale(cfg)) if vae else x)     # or refused
-                    for i, image in zip(batch, (x.float().cpu() if args.latents else pictures).numpy()):
-                        if i < kept:
-                            store[i] = image
-                        if args.png:
-                            Image.fromarray(image.transpose(1, 2, 0)).save(f'{args.png}/{i:06d}.png')
-            store.flush()
-            barrier()
-            if rank == 0:
-                write_results(args, cfg, store, labels, grid, settings)
-            barrier()
-    except OSError as error:
-        raise BadInput(f'cannot write {error.filename or grid}: {error.strerror or error}') from None
+                    with writing('--png', args.png):
+                        Image.fromarray(image.transpose(1, 2, 0)).save(f'{args.png}/{i:06d}.png')
+    barrier()
+    if rank == 0:
+        write_results(args, cfg, store, labels, grid, settings)
     return grid
 
 
 def write_results(args, cfg, store, labels, grid, settings):
     if args.npz:
-        temporary = pathlib.Path(f'{args.npz}.tmp{os.getpid()}')
-        try:
-            with open(temporary, 'wb') as file:
-                pixels = store.dtype == np.uint8
-                images = {'arr_0': store.transpose(0, 2, 3, 1)} if pixels else {'latents': store}
-                np.savez(file, **images, arr_1=np.array(labels, np.int64),
-                         settings=np.array(json.dumps(settings)))
-            os.replace(temporary, args.npz)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing('--npz', args.npz), data.whole_file(args.npz) as file:
+            pixels = store.dtype == np.uint8
+            images = {'arr_0': store.transpose(0, 2, 3, 1)} if pixels else {'latents': store}
+            np.savez(file, **images, arr_1=np.array(labels, np.int64),
+                     settings=np.array(json.dumps(settings)))
         print(f'{args.n} images in {args.npz}')
     names = cfg['class_names'] or [str(k) for k in range(cfg['classes'])] or ['']
     some = store[:100] if store.dtype == np.uint8 else picture(torch.from_numpy(store[:100])).numpy()
-    data.save_grid(grid, some, [names[k] for k in labels[:100]], columns=min(args.n, 10))
+    with writing('--out', grid):
+        data.save_grid(grid, some, [names[k] for k in labels[:100]], columns=min(args.n, 10))
     print(f'{min(args.n, 100)} pictures in {grid}')
     if args.png:
         print(f'{args.n} images in {args.png}/')

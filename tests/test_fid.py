@@ -1008,6 +1008,14 @@ def run(argv, capsys, monkeypatch):
     return status, *capsys.readouterr()
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(fid.BadInput, match='process 2 .* type --nproc_per_node 2'):
+        fid.main(['REF', 'SAMPLES'])
+
+
 def test_report(case, weights, capsys, monkeypatch):
     monkeypatch.chdir(case)
     known = ['--weights', weights[0], '--sha256', weights[1]]
@@ -1070,7 +1078,7 @@ REFUSED = [
     (['ok.npz', 'deep'], 'more than 8 bits'),
     (['ok.npz', 'broken'], 'broken/1.png cannot be read as a picture'),
     (['ok.npz', 'empty'], 'holds 0 PNG or JPEG files'),
-    (['ok.npz', 'latents'], 'data folder of latents'),
+    (['ok.npz', 'latents'], 'latents, expected images: prepare the same pictures without --vae'),
     (['ok.npz', 'floats'], 'floats/data.npy holds float32'),
     (['ok.npz', 'planes'], 'expected uint8 (n, 1 or 3, H, W)'),
     (['ok.npz', 'unreadable'], 'no readable data folder'),

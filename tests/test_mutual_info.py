@@ -259,6 +259,13 @@ def test_masked_path(method, monkeypatch):
     assert (found - inference).abs().max() > 1e-2
 
 
+def test_who_has_a_masked_path():
+    """Not who has lost or never trained a part of it."""
+    assert {m for m in model.METHODS if not mutual_info.masked_path(config(m))} == {'dit'}
+    for changes in ({'stage': 'tune'}, {'tokens': 'noisy'}, {'tokens': 'clean'}):
+        assert not mutual_info.masked_path(config('mcdit', **changes))
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A random network of T/2 on 3 x 8 x 8, 10 classes, saved as train.py does."""
@@ -485,7 +492,8 @@ def place(checkpoint, shapes, tmp_path, monkeypatch):
     log(tmp_path / 'young', [], [])
     (tmp_path / 'odd').mkdir()
     (tmp_path / 'odd' / 'log.jsonl').write_text('[1]\n')
-    (tmp_path / 'there.csv').write_text('precious')
+    for name in ('there.csv', 'there.png'):
+        (tmp_path / name).write_text('precious')
     (tmp_path / 'file').write_text('')
     return tmp_path
 
@@ -522,13 +530,15 @@ def place(checkpoint, shapes, tmp_path, monkeypatch):
     (['--data', 'shapes8', '--attention', 'm.png', 'lost.pt'], 'dit T/2: attention that is not finite'),
     (['--data', 'shapes8', 'wide.pt', '--masks', '7'], 'use --masks 1 and more --seeds'),
     (['--data', 'shapes8', '--attention', 'm.png', 'x.pt', '--show', '200'], 'the images 0 to 199'),
-    (['--data', 'shapes8', '--attention', 'none/m.png', 'x.pt'], 'cannot write none/m.png'),
+    (['--data', 'shapes8', '--attention', 'none/m.png', 'x.pt'], 'does not: choose another --atten'),
+    (['--data', 'shapes8', '--attention', 'there.png', 'nan.pt'], 'there.png exists already'),
     (['--curves', 'run', 'young'], 'ends in .png'),
     (['--curves', 'c.png'], 'needs something to draw'),
     (['--curves', 'c.png', 'nowhere'], 'nowhere/log.jsonl cannot be read'),
     (['--curves', 'c.png', 'run', 'young'], 'young/log.jsonl has no finite losses yet'),
     (['--curves', 'c.png', 'odd'], 'is not the log of a run'),
-    (['--curves', 'none/c.png', 'run'], 'cannot write none/c.png'),
+    (['--curves', 'there.png', 'run'], 'already, or its folder does not: choose another --cur'),
+    (['--curves', '/proc/c.png', 'run'], 'cannot write /proc/c.png'),
     (['--data', 'shapes8', '--curves', 'c.png', 'run'], '--data means nothing to --curves'),
     (['--proposition-2', '--curves', 'c.png', 'run'], 'not allowed with'),
     (['--dim', '2'], 'unrecognized arguments')])
@@ -539,4 +549,5 @@ def test_refusals_exit_with_2_and_write_nothing(argv, words, place, monkeypatch,
         runpy.run_path(mutual_info.__file__, run_name='__main__')
     error = capsys.readouterr().err
     assert stop.value.code == 2 and words in error and 'Traceback' not in error
-    assert sorted(place.rglob('*')) == before and (place / 'there.csv').read_text() == 'precious'
+    assert sorted(place.rglob('*')) == before
+    assert [(place / name).read_text() for name in ('there.csv', 'there.png')] == ['precious'] * 2

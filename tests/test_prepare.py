@@ -545,6 +545,16 @@ def test_torchrun_shares_the_work(many, tmp_path):
     assert 'pictures/s, 2 x 1 threads' in done.stdout and done.stdout.count('3,150 pictures of') == 1
 
 
+def test_more_processes_than_gpus_are_refused_where_a_gpu_is_used(tree, tmp_path, monkeypatch):
+    """Pixels need none: any number of processes may make them."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    argv = 'folder', tree, '--out', tmp_path / 'out', '--size', 8
+    assert 'has no GPU, for there are 2: type --nproc' in refused(*argv, '--vae', 'vae.safetensors')
+    assert prepare(*argv).count == 9
+
+
 @pytest.mark.parametrize('spoil', ['out', 'source', 'full'])
 def test_a_mistake_of_one_process_stops_all_in_a_sentence(spoil, many, tmp_path, monkeypatch, capfd):
     argv = ['folder', str(many / 'src'), '--out', str(tmp_path / 'out'), '--size', '4']

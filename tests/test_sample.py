@@ -8,6 +8,7 @@ import runpy
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import config, randomise
 from PIL import Image
 
@@ -264,7 +265,8 @@ def test_inpainting_keeps_what_is_known(method, checkpoint, photo, tmp_path):
     ]
     sample.main([*arguments, '--npz', str(tmp_path / 'a.npz')])
     with np.load(tmp_path / 'a.npz') as file:
-        images = file['arr_0'].astype(int)
+        images, settings = file['arr_0'].astype(int), json.loads(str(file['settings']))
+    assert settings['mask'] == str(photo[1]) and settings['fill_steps'] == (None if method == 'mcdit' else 1)
     original = np.asarray(Image.open(photo[0])).astype(int)
     unknown = np.zeros((4, 4), bool)
     unknown[1:3, 1:3] = unknown[0, 0] = True
@@ -399,6 +401,7 @@ def test_npz_png_and_grid(checkpoint, tmp_path):
         images, labels, settings = file['arr_0'], file['arr_1'], json.loads(str(file['settings']))
     assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 3) and labels.tolist() == [3, 7, 3, 7, 3]
     assert settings['labels'] == 'balanced' and settings['steps'] == 3 and settings['cfg'] == 1.0
+    assert [settings[name] for name in ('precision', 'mask', 'fill_steps')] == ['float32', None, None]
     for i in range(5):
         assert np.array_equal(np.asarray(Image.open(tmp_path / 'png' / f'{i:06d}.png')), images[i])
     net, cfg = model.load_net(path)
@@ -450,9 +453,118 @@ def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
     state = torch.load(path, weights_only=True)
     state['ema']['final.linear.bias'][:] = torch.nan
     torch.save(state, path)
-    with pytest.raises(data.BadInput, match='not finite'):
-        sample.main([str(path), '--n', '2', '--steps', '2', '--npz', str(tmp_path / 'a.npz')])
+    flags = ['--n', '2', '--steps', '2', '--npz', str(tmp_path / 'a.npz'), '--precision']
+    for precision, why in (('fp32', 'the network has diverged'), ('fp16', 'try --precision fp32')):
+        with pytest.raises(data.BadInput, match=rf'image 0 of --seed 0, label \d, is not finite: .*{why}'):
+            sample.main([str(path), *flags, precision])
     assert [file.name for file in tmp_path.iterdir()] == ['x.pt']
+
+
+@pytest.mark.parametrize('channels, flags', [(3, []), (4, ['--latents'])])
+def test_an_image_that_is_not_finite_is_named(channels, flags, checkpoint, monkeypatch):
+    """The last of two batches, the last channel: of latents only the first three are shown."""
+    def generate(net, cfg, seed, indices, *rest, **churn):
+        x = torch.zeros(len(indices), channels, 8, 8)
+        x[[i == 3 for i in indices], -1, 7, 7] = math.inf
+        return x
+
+    monkeypatch.setattr(sample, 'generate', generate)
+    flags = [*flags, '-n', '4', '--batch', '2', '--seed', '5', '--class', '7']
+    with pytest.raises(data.BadInput, match='image 3 of --seed 5, label 7, is not finite'):
+        sample.main([str(checkpoint(channels=channels)), *flags])
+
+
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        (['-n', '6', '--batch', '5'], '5 images at a time: type --batch 2$'),
+        (['-n', '3', '--cfg', '2'], '3 images at a time, each twice for guidance: type --batch 1$'),
+        (['-n', '1'], '1 images at a time: use a larger one$'),
+    ],
+)
+def test_a_gpu_without_memory_is_told_what_fits(flags, words, checkpoint, tmp_path, monkeypatch):
+    def generate(*args, **churn):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr(sample, 'generate', generate)
+    with pytest.raises(data.BadInput, match=words):
+        sample.main([str(checkpoint()), *flags])
+    assert [file.name for file in tmp_path.iterdir()] == ['x.pt']
+
+
+def test_nothing_is_left_however_a_run_ends_and_two_of_a_checkpoint_do_not_meet(
+    checkpoint, tmp_path, monkeypatch
+):
+    """While images are made, no file of theirs has a name; another run goes through between two batches."""
+    flags = [str(checkpoint()), '-n', '2', '--steps', '2', '--batch', '1']
+    grid = pathlib.Path(sample.main(flags))
+    alone, generate, seen = grid.read_bytes(), sample.generate, []
+
+    def meanwhile(*args, **churn):
+        seen.append(sorted(file.name for file in tmp_path.iterdir()))
+        if len(seen) == 2:
+            sample.main([*flags, '--seed', '1'])
+        return generate(*args, **churn)
+
+    monkeypatch.setattr(sample, 'generate', meanwhile)
+    sample.main(flags)
+    assert seen == [['x-samples.png', 'x.pt']] * 4 and grid.read_bytes() == alone
+
+
+def test_room_is_looked_for_first(checkpoint, tmp_path, monkeypatch):
+    """5 images of 192 bytes, and as much again for the .npz."""
+    flags = [str(checkpoint()), '-n', '5', '--steps', '2']
+    for free in (959, 1919):
+        usage = data.shutil._ntuple_diskusage(9, 9, free)
+        monkeypatch.setattr(data.shutil, 'disk_usage', lambda place: usage)
+        with pytest.raises(data.BadInput, match='a.npz needs 0.0 MB and its disk has 0.0 MB free'):
+            sample.main([*flags, '--npz', str(tmp_path / 'a.npz'), '--png', str(tmp_path / 'png')])
+    assert [file.name for file in tmp_path.iterdir()] == ['x.pt']
+    sample.main(flags)
+
+
+def test_a_disk_that_fills_is_told_with_what_did_not_fit(checkpoint, tmp_path, monkeypatch):
+    def savez(file, **arrays):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(np, 'savez', savez)
+    with pytest.raises(data.BadInput, match=r'cannot write .*/a.npz: No space left .*: choose another --npz'):
+        sample.main([str(checkpoint()), '-n', '1', '--steps', '2', '--npz', str(tmp_path / 'a.npz')])
+    assert [file.name for file in tmp_path.iterdir()] == ['x.pt']
+
+
+def pretend(monkeypatch, rank, failed=0):
+    """To be one of two processes; what the other says. Returns [what this one has said]."""
+    said = []
+    monkeypatch.setattr(data, 'where_am_i', lambda gpu: (rank, 2, torch.device('cpu')))
+    monkeypatch.setattr(dist, 'all_reduce', lambda flag: said.append(flag.item()) or flag.add_(failed))
+    monkeypatch.setattr(dist, 'broadcast_object_list', lambda made, source: None)
+    return said
+
+
+def test_nobody_waits_while_process_0_writes(checkpoint, tmp_path, monkeypatch):
+    pretend(monkeypatch, 0)
+    waits = []
+    monkeypatch.setattr(dist, 'barrier', lambda: waits.append((tmp_path / 'x-samples.png').exists()))
+    sample.main([str(checkpoint()), '-n', '2', '--steps', '2'])
+    assert waits == [False, False]                              # for the file's opening, and for the images
+
+
+@pytest.mark.parametrize('rank, words', [(0, 'cannot write .*/file: File exists'), (1, 'another process')])
+def test_a_mistake_of_process_0_stops_all(rank, words, checkpoint, tmp_path, monkeypatch):
+    said = pretend(monkeypatch, rank, failed=rank)
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(data.BadInput, match=words):
+        sample.main([str(checkpoint()), '-n', '2', '--png', str(tmp_path / 'file')])
+    assert said == [rank == 0] and sorted(file.name for file in tmp_path.iterdir()) == ['file', 'x.pt']
+
+
+def test_several_machines_are_refused(checkpoint, monkeypatch):
+    pretend(monkeypatch, 0)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '1')
+    with pytest.raises(data.BadInput, match='file of one machine, and 1 of 2 processes'):
+        sample.main([str(checkpoint())])
 
 
 @pytest.mark.parametrize(
@@ -483,6 +595,7 @@ def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
             'needs a checkpoint of mdt, maskdit or mcdit',
         ),
         (['t.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'mcdit, tuned'),
+        (['noisy.pt', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'on one kind alone, by --tokens'),
         (['l.pt', '--latents', '--inpaint', 'photo.png', '--mask', 'mask.png'], 'latents as an .npy'),
         (['l.pt', '--latents', '--png', 'png'], '--latents makes none'),
         (['l.pt'], 'name the VAE that decodes them with --vae, such as diffusion_pytorch_model'),
@@ -495,10 +608,23 @@ def test_a_diverged_network_writes_nothing(checkpoint, tmp_path):
         (['x.pt', '--vae', 'vae.safetensors'], 'this one makes pictures'),
         (['x.pt', '--latents'], 'this one makes pictures'),
         (['x.pt', '--npz', 'there.npz'], 'exists already'),
+        (
+            ['x.pt', '--inpaint', 'photo.png', '--mask', 'mask.png', '--out', 'photo.png'],
+            'photo.png exists already: remove it, or choose another --out',
+        ),
         (['x.pt', '--png', 'full'], 'not empty'),
-        (['x.pt', '--n', '1', '--steps', '2', '--npz', 'file/a.npz'], 'cannot write'),
-        (['x.pt', '--n', '1', '--steps', '2', '--out', 'file/a.png'], 'cannot write'),
-        (['x.pt', '--n', '1', '--steps', '2', '--png', 'file/png'], 'cannot write'),
+        (
+            ['x.pt', '--n', '1', '--steps', '2', '--npz', 'file/a.npz'],
+            'cannot write file/a.npz: Not a directory: choose another --npz',
+        ),
+        (
+            ['x.pt', '--n', '1', '--steps', '2', '--out', 'file/a.png'],
+            'cannot write file/a.png: Not a directory: choose another --out',
+        ),
+        (
+            ['x.pt', '--n', '1', '--steps', '2', '--png', 'file/png'],
+            'cannot write file/png: Not a directory: choose another --png',
+        ),
         (['none.pt'], 'no checkpoint'),
         (['there.npz'], 'not a checkpoint'),
         (['x.pt', '--precision', 'fp8'], 'invalid choice'),
@@ -516,6 +642,7 @@ def test_refusals_exit_with_2_and_write_nothing(
     checkpoint('three.pt', kind='latents')
     checkpoint('d.pt', method='dit')
     checkpoint('t.pt', stage='tune')
+    checkpoint('noisy.pt', tokens='noisy')
     Image.new('L', (8, 8), 0).save('black.png')
     (tmp_path / 'there.npz').write_bytes(b'precious')
     (tmp_path / 'file').write_text('')
