@@ -16,7 +16,6 @@ So the loss is now DiT's, over all tokens, through encoder and decoder. What cha
 
 import argparse
 import os
-import sys
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch: idle CPU threads sleep, see train.py
 
@@ -93,14 +92,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (BadInput, data.BadInput) as mistake:
-        print(f'finetune.py: {mistake}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:                                                 # before the first step
-        print('finetune.py: interrupted', file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train.script('finetune.py', main)

@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from concurrent import futures
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch: threads that spin on a busy CPU were
@@ -592,6 +593,7 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
         except OSError as error:
             tqdm.write(f'cannot write {out}/log.jsonl: {error.strerror}; its last {len(waiting)} lines wait')
 
+    mistake = None
     if rank == 0:
         header = {
             'method': f'{cfg["method"]}, {cfg["mask_ratio"]:.0%} masked',
@@ -614,8 +616,11 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             append(out / 'log.jsonl.tmp', keep)
             os.replace(out / 'log.jsonl.tmp', out / 'log.jsonl')
         except OSError as error:
-            raise BadInput(f'cannot write {out}/log.jsonl: {error.strerror}; make room and type the same '
-                           f'command again') from None
+            mistake = BadInput(f'cannot write {out}/log.jsonl: {error.strerror}; make room and type the same '
+                               f'command again')
+    mistake = agree(mistake, world, device)
+    if mistake:
+        raise mistake
 
     # the loop
     def now_and_then(step):
@@ -758,15 +763,36 @@ def main(argv=None):
     return train(args, configuration(args, dataset), dataset)
 
 
-if __name__ == '__main__':
+def script(name, main):
+    """Run main() as the script `name`: a mistake is told in a sentence and ends it with status 2.
+
+    One of several processes that fails may be alone in that, so it leaves without a word to the others:
+    NCCL's farewell waits for all of them, and torchrun ends them only once it sees one dead.
+    """
+    def leave(status):
+        if dist.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
+
     try:
         main()
     except (BadInput, data.BadInput) as mistake:
-        print(f'train.py: {mistake}', file=sys.stderr)
-        sys.exit(2)
+        print(f'{name}: {mistake}', file=sys.stderr)
+        leave(2)
     except KeyboardInterrupt:                                                 # before the first step
-        print('train.py: interrupted', file=sys.stderr)
-        sys.exit(130)
-    finally:
+        print(f'{name}: interrupted', file=sys.stderr)
+        leave(130)
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        leave(1)
+    finally:                                                                  # the end, or a stop of them all
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    script('train.py', main)
