@@ -70,8 +70,8 @@ def shared_flags(parser, steps, batch):
     flag('--accumulate', type=int, default=1, help='backward passes a step')
     flag('--lr-decay', type=float, default=0.0, help='last part of the steps, where --lr falls to 0')
     flag('--precision', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the network')
-    flag('--compile', action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-         help='compile each block: a minute, and then faster steps (default: on GPUs)')
+    flag('--compile', action=argparse.BooleanOptionalAction, default=None,
+         help='compile each block: a minute, and then faster steps (default: on GPUs from Volta on)')
     flag('--checkpoint-blocks', action='store_true', default=False, help='compute each block again for its '
          'gradient instead of keeping what it made: a third of the memory, four thirds of the time')
     flag('--log-every', type=int, default=50, help='steps between lines of the log')
@@ -298,7 +298,6 @@ def where_am_i(minutes):
                            f'{gpus}: type --nproc_per_node {gpus}')
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')                            # TF32 for what stays in float32
     if world > 1 and not dist.is_initialized():
         store = None
         if env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':    # keeps the addresses of processes that died:
@@ -307,6 +306,11 @@ def where_am_i(minutes):
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank,
                                 world_size=world, timeout=datetime.timedelta(minutes=minutes))
     return rank, world, device
+
+
+def can_compile(device):
+    """Whether the compiler, whose kernels are Triton's, knows the device: a GPU from Volta on."""
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def git_commit():
@@ -568,6 +572,8 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             raise BadInput(f'{path} does not fit its own configuration ({type(error).__name__}: '
                            f'{"".join(why).strip()[:200]}): remove it to go on from the one before') from None
     net.checkpoint_blocks = args.checkpoint_blocks
+    if args.compile is None:
+        args.compile = can_compile(device)
     if args.compile:
         model.compile_blocks(net)
         if teacher is not None:
