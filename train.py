@@ -571,6 +571,8 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             why = str(error).strip().splitlines()[-1:]
             raise BadInput(f'{path} does not fit its own configuration ({type(error).__name__}: '
                            f'{"".join(why).strip()[:200]}): remove it to go on from the one before') from None
+        moments = None
+        state.clear()                                # a file still mapped takes room on the disk when removed
     net.checkpoint_blocks = args.checkpoint_blocks
     if args.compile is None:
         args.compile = can_compile(device)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -102,6 +103,22 @@ def test_stopped_after_any_step(moments, tmp_path, monkeypatch, stop):
         run(moments, tmp_path / 'parts', *flags)
     run(moments, tmp_path / 'parts', *flags)
     assert same_runs(tmp_path / 'whole', tmp_path / 'parts', 8)
+
+
+def test_a_resumed_run_lets_go_of_its_checkpoint(shapes, tmp_path, monkeypatch):
+    """Still mapped, the file would keep its room on the disk when it is removed; a CPU's AdamW holds it."""
+    run(shapes, tmp_path, '--steps', '1')
+    tensors, held, newest = [], [], train.newest_checkpoint
+
+    def remember(*args):
+        path, state = newest(*args)
+        for name in ('model', 'ema', 'teacher'):
+            tensors.extend(map(weakref.ref, state[name].values()))
+        return path, state
+    monkeypatch.setattr(train, 'newest_checkpoint', remember)
+    at_steps(monkeypatch, {1: lambda: held.append(sum(tensor() is not None for tensor in tensors))})
+    run(shapes, tmp_path, '--steps', '2')
+    assert tensors and held == [0]
 
 
 CROWDS = [['sddit', 'mcdit'], pytest.param(['dit', 'maskdit', 'mdt', 'mcdit'], marks=pytest.mark.slow)]
