@@ -309,9 +309,9 @@ class Net(nn.Module):
         else:
             slots = self.fill_embed(patches)                                  # (B, N, e)
         slots = put(gain * slots.to(tokens.dtype), visible, tokens) + self.decoder_pos   # (B, N, e)
-        if hasattr(self, 'side_block'):                                    # MDT's side-interpolater, then its
-            made = self.side_block(slots, c, self.relative)                   # masked shortcut: visible slots
-            slots = put(made, visible, take(slots, visible).to(made.dtype))   # keep their own
+        if hasattr(self, 'side_block'):                                       # MDT's side-interpolater
+            made = through([self.side_block], slots, c, self.relative, self.checkpoint_blocks)
+            slots = put(made, visible, take(slots, visible).to(made.dtype))   # shortcut: visible ones stay
         return slots
 
     def decode(self, tokens, c):
@@ -472,7 +472,9 @@ def update_ema(shadow, net, decay, ok=None):
     """
     source = dict(net.named_parameters())
     names, values = zip(*shadow.named_parameters())
-    weight = 1 - decay if ok is None else [ok.to(values[0].dtype) * (1 - decay)] * len(values)
+    weight = 1 - decay
+    if ok is not None:                                     # on CUDA a launch for each, at a cost not measured
+        weight = [ok.to(values[0].dtype) * weight] * len(values)
     torch._foreach_lerp_(list(values), [source[name] for name in names], weight)
 
 
@@ -527,15 +529,15 @@ def denoise(net, x, sigma, y, cfg, visible=None, patches=None):
     return c_skip * x + c_out * F
 
 
-def ddpm_sigmas():
+def ddpm_sigmas(device='cpu'):
     """sqrt((1 - abar) / abar) of each of DDPM's 1000 linear steps: float64 (1000,), 0.0100005 to 157.407."""
-    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device=device)).cumprod(0)
     return ((1 - abar) / abar).sqrt()
 
 
 def ddpm_time(sigma):
     """t(sigma) in 0..999 for noise levels (B,), linear in ln sigma between the steps."""
-    steps = ddpm_sigmas().to(sigma.device).log()
+    steps = ddpm_sigmas(sigma.device).log()                                   # a copy would wait for the GPU
     s = sigma.double().log().clamp(steps[0], steps[-1])
     i = torch.searchsorted(steps, s).clamp(1, 999)
     return (i - 1 + (s - steps[i - 1]) / (steps[i] - steps[i - 1])).to(sigma.dtype)
