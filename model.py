@@ -623,27 +623,23 @@ def maskdit_loss(net, teacher, x0, y, draws, cfg):
     """Denoise the visible tokens; reconstruct the noisy masked ones, each patch normalised."""
     sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
     visible, masked = split_tokens(draws, cfg)
-    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
     xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
-    F, *_ = net(c_in * xt, c_noise, drop_labels(y, draws, cfg), visible)
-    D = c_skip * xt + c_out * F
+    D = denoise(net, xt, sigma, drop_labels(y, draws, cfg), cfg, visible)
     denoised = mean_over(loss_weight(sigma, sd) * (D - x0) ** 2, visible, p)
-    rebuilt = mean_over((D - patch_norm(xt, p)) ** 2, masked, p)              # the noise makes this one hard:
-    loss = denoised + MASKDIT_LAMBDA * rebuilt                                # no weight on it
+    rebuilt = mean_over((D - patch_norm(xt, p)) ** 2, masked, p)              # without w, as published
+    loss = denoised + MASKDIT_LAMBDA * rebuilt
     return loss, {'denoise': denoised.detach(), 'reconstruct': rebuilt.detach()}
 
 
 def mdt_loss(net, teacher, x0, y, draws, cfg):
     """DiT's loss over all tokens, twice: nothing masked, then masked. The same images and noise levels, other
-    noise and other dropped labels. MDT eq. 5 and section 3.4, under EDM."""
+    noise and other dropped labels. MDT section 4.4, under EDM."""
     sigma, sd = draws['sigma'], cfg['sigma_data']
     visible, _ = split_tokens(draws, cfg)
-    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
     parts = {}
     for name, again, seen in (('full', '', None), ('masked', '2', visible)):
         xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise' + again]
-        F, *_ = net(c_in * xt, c_noise, drop_labels(y, draws, cfg, again), seen)
-        D = c_skip * xt + c_out * F
+        D = denoise(net, xt, sigma, drop_labels(y, draws, cfg, again), cfg, seen)
         parts[name] = (loss_weight(sigma, sd) * (D - x0) ** 2).mean()
     return parts['full'] + parts['masked'], {name: part.detach() for name, part in parts.items()}
 
