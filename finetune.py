@@ -50,7 +50,8 @@ def tunable(weights):
 def main(argv=None):
     args = parse(argv)
     state = model.read_checkpoint(args.checkpoint)
-    trained = model.build_net(state, args.checkpoint)[1]                      # or it is refused
+    model.empty_net(state, args.checkpoint)                                   # or it is refused
+    trained = state['config']
     if 'model' not in state:
         raise BadInput(f'{args.checkpoint} holds the EMA weights alone (--export): tuning continues `model` '
                        f'as well, so give a checkpoint of train.py')

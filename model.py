@@ -868,26 +868,30 @@ def mistaken(step, cfg):
 
 def load_net(path, device='cpu'):
     """(net, cfg) for inference from the EMA weights of a checkpoint. Raises BadInput."""
-    net, cfg = build_net(read_checkpoint(path), path)
-    return net.to(device).eval().requires_grad_(False), cfg
+    state = read_checkpoint(path)
+    net = empty_net(state, path)
+    net.load_state_dict(state['ema'])
+    return net.to(device).eval().requires_grad_(False), state['config']
 
 
-def build_net(state, path):
-    """(net, cfg) with the EMA weights of what `read_checkpoint` gave. Raises BadInput if they do not fit."""
+def empty_net(state, path):
+    """The network of what `read_checkpoint` gave, its memory not yet written. Raises BadInput if the weights
+    there do not fit it."""
     cfg = state['config']
     (_, d, _), _, p = parse_size(cfg['model'])
     largest = d * max((cfg['resolution'] // p) ** 2, p * p * cfg['channels'], cfg['classes'])
     if 2 * largest > os.path.getsize(path):                               # before anything so large is made
         raise BadInput(f'{path} has a configuration of {largest:,} numbers in one table alone, and '
                        f'{os.path.getsize(path):,} bytes: it is damaged, or made to fill the memory')
-    net = Net(cfg)
+    with torch.device('meta'):                                                # no random numbers for nothing
+        net = Net(cfg)
+    net.to_empty(device='cpu')
     for name in ('ema', 'model'):
         wrong = differences(state[name], net.state_dict()) if name in state else None
         if wrong:
             raise BadInput(f'{path} has weights that do not fit its own configuration: of the tensors in '
                            f'`{name}` there are {wrong}')
-    net.load_state_dict(state['ema'])
-    return net, cfg
+    return net
 
 
 def differences(found, wanted):
