@@ -76,8 +76,9 @@ def main(argv=None):
         'scale': dataset.scale, 'vae': dataset.vae, 'vae_sha256': dataset.vae_sha256}
     start = [tunable(state[name]) for name in ('model', 'ema')]
     if classes != trained['classes']:
-        print(f'labels    {trained["classes"]} classes were trained and the data has {classes}: the label '
-              f'table is new, but for the row of dropped labels')
+        if int(os.environ.get('RANK', 0)) == 0:
+            print(f'labels    {trained["classes"]} classes were trained and the data has {classes}: the '
+                  f'label table is new, but for the row of dropped labels')
         width, rng = start[0]['y_embed.weight'].shape[1], model.generator('cpu', seed, 'labels')
         rows = 0.02 * torch.randn(classes, width, generator=rng)
         for weights in start:

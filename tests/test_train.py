@@ -335,6 +335,18 @@ def test_two_fresh_starts_of_tuning_differ_from_training_in_noise_and_order(shap
     assert cfg['seed'] != model.read_checkpoint(path)['config']['seed']
 
 
+@pytest.mark.parametrize('rank', [0, 1])
+def test_one_process_tells_of_new_labels(shapes, tmp_path, rank, monkeypatch, capsys):
+    path = run(shapes, tmp_path / 'out', '--steps', '1')
+    rows = ((np.zeros((3, 8, 8), np.uint8), k % 4) for k in range(60))
+    data.save_folder(tmp_path / 'four', rows, 'uint8', (3, 8, 8), {'kind': 'images', 'classes': 4}, 0)
+    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setattr(train, 'train', lambda args, *rest: pathlib.Path(args.out) / 'none.pt')
+    tune(path, tmp_path / 'tuned', '--data', str(tmp_path / 'four'))
+    told = capsys.readouterr().out.count('10 classes were trained and the data has 4')
+    assert told == (1 if rank == 0 else 0)
+
+
 # --------------------------------------------------------------------------------------- several processes
 
 
