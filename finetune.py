@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 4 finetune.py out/0400000.pt --out tuned --batch 512
     python finetune.py DiT-XL-2-256x256.pt --data flowers --out tuned       # published weights, other classes
 
-Masked training never shows the decoder an encoder's tokens in every slot, and sampling shows it nothing else.
-So the loss is now DiT's, over all tokens, through encoder and decoder. What changes against train.py:
+Masked training fills some of the decoder's slots with other things than the encoder's tokens (mdt in one of
+its two passes), and sampling none. So the loss is now DiT's, over all tokens, through encoder and decoder.
+What changes against train.py:
 
     mask ratio       0: no masked slots, so no parameters that fill them, and no EMA network beside `ema`
     weights          `model` and `ema` of the checkpoint, each continued
@@ -33,7 +34,7 @@ ARCHITECTURE = ('method', 'model', 'resolution', 'channels', 'sigma_data', 'diff
 def parse(argv):
     parser = argparse.ArgumentParser(description='Unmasked tuning.', allow_abbrev=False)
     flag = parser.add_argument
-    flag('checkpoint', help='file of train.py')
+    flag('checkpoint', help='file of train.py or finetune.py, or published weights')
     flag('--out', required=True, help='folder for all that is written, not the one training wrote to')
     flag('--data', help='data folder (default: the one trained on)')
     flag('--lr', type=float, default=5e-5, help='learning rate')

@@ -15,7 +15,8 @@ something, and what fills it is the whole difference between the methods:
     sddit    the noisy patch itself, embedded  0.2    8 blocks x 512    denoise + discriminate encoder, head
     mcdit    the clean patch itself, embedded  0.5    8 blocks x 512    clean + noise + 2 con  the decoder
 
-The table `METHODS` at the end of this file has the same rows. A sixth method costs a branch in `Net.fill`,
+The table `METHODS`, after the losses, has the same rows. A sixth method costs its parameters in
+`Net.__init__` (named in `TRAINING_ONLY`), a branch in `Net.fill` if neither token nor patch fills its slots,
 a loss, and a row.
 
 Letters used for shapes:
@@ -138,8 +139,8 @@ class Block(nn.Module):
     def attention(self, x, index):
         B, N, n = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)    # (B, heads, N, ..)
-        if index is not None and index.ndim == 3:                             # B x heads x N x N biases: made
-            x = keeping_inputs(self.attend, q, k, v, index)                   # again in backward, not kept
+        if index is not None and index.ndim == 3:             # B x heads x K x K biases: made again, not kept
+            x = keeping_inputs(self.attend, q, k, v, index)
         else:
             x = self.attend(q, k, v, index)
         return self.proj(x.transpose(1, 2).reshape(B, N, n))
@@ -585,8 +586,8 @@ def draw(cfg, step, batch, device='cpu'):
 # ---------------------------------------------------------------------------------------------- the losses
 #
 # One signature: loss(net, teacher, x, y, draws, cfg) -> (loss, parts). x (B, C, H, W) clean images, y (B,)
-# labels, draws as above with B rows. `parts` are detached numbers for the log. The net may be wrapped (by
-# DistributedDataParallel, by the compiler), so it is only ever called.
+# labels, draws as above with B rows. `parts` are detached numbers for the log. The net may be wrapped by
+# DistributedDataParallel, so it is only ever called.
 
 def drop_labels(y, draws, cfg, again=''):
     return torch.where(draws['drop' + again], cfg['classes'], y)

@@ -2,9 +2,10 @@
 
     python train.py                                                          # mcdit B/2 on drawn shapes
     torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256     # the paper's run
-    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256 --method maskdit    # its comparison
+    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256 --method maskdit --out out-maskdit
 
-Several nodes: the same, with torchrun's --nnodes and --rdzv_endpoint. Without GPUs it trains on the CPU.
+Several nodes: the same, with torchrun's --nnodes and --rdzv_endpoint, and with --out and --data on a disk
+that all nodes see. Without GPUs it trains on the CPU.
 
 Writes, all in --out:
     0010000.pt             `model`, `ema`, `teacher`, `opt`, `loss_scale`, `step`, `config`; two are kept
@@ -68,7 +69,7 @@ def shared_flags(parser, steps, batch):
     flag('--steps', type=int, default=steps, help='optimizer steps')
     flag('--batch', type=int, default=batch, help='images a step, over processes and accumulation')
     flag('--accumulate', type=int, default=1, help='backward passes a step')
-    flag('--lr-decay', type=float, default=0.0, help='last part of the steps, where --lr falls to 0')
+    flag('--lr-decay', type=float, default=0.0, help='last part of the steps, 0 to 1, where --lr falls to 0')
     flag('--precision', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the network')
     flag('--compile', action=argparse.BooleanOptionalAction, default=None,
          help='compile each block: a minute, and then faster steps (default: on GPUs from Volta on)')
