@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 4 finetune.py out/0400000.pt --out tuned --batch 512
     python finetune.py DiT-XL-2-256x256.pt --data flowers --out tuned       # published weights, other classes
 
-Masked training never shows the decoder an encoder's tokens in every slot, and sampling shows it nothing else.
-So the loss is now DiT's, over all tokens, through encoder and decoder. What changes against train.py:
+Masked training fills some of the decoder's slots with other things than the encoder's tokens (mdt in one of
+its two passes), and sampling none. So the loss is now DiT's, over all tokens, through encoder and decoder.
+What changes against train.py:
 
     mask ratio       0: no masked slots, so no parameters that fill them, and no EMA network beside `ema`
     weights          `model` and `ema` of the checkpoint, each continued
@@ -16,7 +17,6 @@ So the loss is now DiT's, over all tokens, through encoder and decoder. What cha
 
 import argparse
 import os
-import sys
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch: idle CPU threads sleep, see train.py
 
@@ -34,7 +34,7 @@ ARCHITECTURE = ('method', 'model', 'resolution', 'channels', 'sigma_data', 'diff
 def parse(argv):
     parser = argparse.ArgumentParser(description='Unmasked tuning.', allow_abbrev=False)
     flag = parser.add_argument
-    flag('checkpoint', help='file of train.py')
+    flag('checkpoint', help='file of train.py or finetune.py, or published weights')
     flag('--out', required=True, help='folder for all that is written, not the one training wrote to')
     flag('--data', help='data folder (default: the one trained on)')
     flag('--lr', type=float, default=5e-5, help='learning rate')
@@ -51,7 +51,8 @@ def tunable(weights):
 def main(argv=None):
     args = parse(argv)
     state = model.read_checkpoint(args.checkpoint)
-    trained = model.build_net(state, args.checkpoint)[1]                      # or it is refused
+    model.empty_net(state, args.checkpoint)                                   # or it is refused
+    trained = state['config']
     if 'model' not in state:
         raise BadInput(f'{args.checkpoint} holds the EMA weights alone (--export): tuning continues `model` '
                        f'as well, so give a checkpoint of train.py')
@@ -76,8 +77,9 @@ def main(argv=None):
         'scale': dataset.scale, 'vae': dataset.vae, 'vae_sha256': dataset.vae_sha256}
     start = [tunable(state[name]) for name in ('model', 'ema')]
     if classes != trained['classes']:
-        print(f'labels    {trained["classes"]} classes were trained and the data has {classes}: the label '
-              f'table is new, but for the row of dropped labels')
+        if int(os.environ.get('RANK', 0)) == 0:
+            print(f'labels    {trained["classes"]} classes were trained and the data has {classes}: the '
+                  f'label table is new, but for the row of dropped labels')
         width, rng = start[0]['y_embed.weight'].shape[1], model.generator('cpu', seed, 'labels')
         rows = 0.02 * torch.randn(classes, width, generator=rng)
         for weights in start:
@@ -93,14 +95,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except (BadInput, data.BadInput) as mistake:
-        print(f'finetune.py: {mistake}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:                                                 # before the first step
-        print('finetune.py: interrupted', file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train.script('finetune.py', main)

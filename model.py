@@ -15,7 +15,8 @@ something, and what fills it is the whole difference between the methods:
     sddit    the noisy patch itself, embedded  0.2    8 blocks x 512    denoise + discriminate encoder, head
     mcdit    the clean patch itself, embedded  0.5    8 blocks x 512    clean + noise + 2 con  the decoder
 
-The table `METHODS` at the end of this file has the same rows. A sixth method costs a branch in `Net.fill`,
+The table `METHODS`, after the losses, has the same rows. A sixth method costs its parameters in
+`Net.__init__` (named in `TRAINING_ONLY`), a branch in `Net.fill` if neither token nor patch fills its slots,
 a loss, and a row.
 
 Letters used for shapes:
@@ -138,8 +139,8 @@ class Block(nn.Module):
     def attention(self, x, index):
         B, N, n = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)    # (B, heads, N, ..)
-        if index is not None and index.ndim == 3:                             # B x heads x N x N biases: made
-            x = keeping_inputs(self.attend, q, k, v, index)                   # again in backward, not kept
+        if index is not None and index.ndim == 3:             # B x heads x K x K biases: made again, not kept
+            x = keeping_inputs(self.attend, q, k, v, index)
         else:
             x = self.attend(q, k, v, index)
         return self.proj(x.transpose(1, 2).reshape(B, N, n))
@@ -309,9 +310,9 @@ class Net(nn.Module):
         else:
             slots = self.fill_embed(patches)                                  # (B, N, e)
         slots = put(gain * slots.to(tokens.dtype), visible, tokens) + self.decoder_pos   # (B, N, e)
-        if hasattr(self, 'side_block'):                                    # MDT's side-interpolater, then its
-            made = self.side_block(slots, c, self.relative)                   # masked shortcut: visible slots
-            slots = put(made, visible, take(slots, visible).to(made.dtype))   # keep their own
+        if hasattr(self, 'side_block'):                                       # MDT's side-interpolater
+            made = through([self.side_block], slots, c, self.relative, self.checkpoint_blocks)
+            slots = put(made, visible, take(slots, visible).to(made.dtype))   # shortcut: visible ones stay
         return slots
 
     def decode(self, tokens, c):
@@ -472,7 +473,9 @@ def update_ema(shadow, net, decay, ok=None):
     """
     source = dict(net.named_parameters())
     names, values = zip(*shadow.named_parameters())
-    weight = 1 - decay if ok is None else [ok.to(values[0].dtype) * (1 - decay)] * len(values)
+    weight = 1 - decay
+    if ok is not None:                                     # on CUDA a launch for each, at a cost not measured
+        weight = [ok.to(values[0].dtype) * weight] * len(values)
     torch._foreach_lerp_(list(values), [source[name] for name in names], weight)
 
 
@@ -527,15 +530,15 @@ def denoise(net, x, sigma, y, cfg, visible=None, patches=None):
     return c_skip * x + c_out * F
 
 
-def ddpm_sigmas():
+def ddpm_sigmas(device='cpu'):
     """sqrt((1 - abar) / abar) of each of DDPM's 1000 linear steps: float64 (1000,), 0.0100005 to 157.407."""
-    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    abar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device=device)).cumprod(0)
     return ((1 - abar) / abar).sqrt()
 
 
 def ddpm_time(sigma):
     """t(sigma) in 0..999 for noise levels (B,), linear in ln sigma between the steps."""
-    steps = ddpm_sigmas().to(sigma.device).log()
+    steps = ddpm_sigmas(sigma.device).log()                                   # a copy would wait for the GPU
     s = sigma.double().log().clamp(steps[0], steps[-1])
     i = torch.searchsorted(steps, s).clamp(1, 999)
     return (i - 1 + (s - steps[i - 1]) / (steps[i] - steps[i - 1])).to(sigma.dtype)
@@ -583,8 +586,8 @@ def draw(cfg, step, batch, device='cpu'):
 # ---------------------------------------------------------------------------------------------- the losses
 #
 # One signature: loss(net, teacher, x, y, draws, cfg) -> (loss, parts). x (B, C, H, W) clean images, y (B,)
-# labels, draws as above with B rows. `parts` are detached numbers for the log. The net may be wrapped (by
-# DistributedDataParallel, by the compiler), so it is only ever called.
+# labels, draws as above with B rows. `parts` are detached numbers for the log. The net may be wrapped by
+# DistributedDataParallel, so it is only ever called.
 
 def drop_labels(y, draws, cfg, again=''):
     return torch.where(draws['drop' + again], cfg['classes'], y)
@@ -621,27 +624,23 @@ def maskdit_loss(net, teacher, x0, y, draws, cfg):
     """Denoise the visible tokens; reconstruct the noisy masked ones, each patch normalised."""
     sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
     visible, masked = split_tokens(draws, cfg)
-    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
     xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
-    F, *_ = net(c_in * xt, c_noise, drop_labels(y, draws, cfg), visible)
-    D = c_skip * xt + c_out * F
+    D = denoise(net, xt, sigma, drop_labels(y, draws, cfg), cfg, visible)
     denoised = mean_over(loss_weight(sigma, sd) * (D - x0) ** 2, visible, p)
-    rebuilt = mean_over((D - patch_norm(xt, p)) ** 2, masked, p)              # the noise makes this one hard:
-    loss = denoised + MASKDIT_LAMBDA * rebuilt                                # no weight on it
+    rebuilt = mean_over((D - patch_norm(xt, p)) ** 2, masked, p)              # without w, as published
+    loss = denoised + MASKDIT_LAMBDA * rebuilt
     return loss, {'denoise': denoised.detach(), 'reconstruct': rebuilt.detach()}
 
 
 def mdt_loss(net, teacher, x0, y, draws, cfg):
     """DiT's loss over all tokens, twice: nothing masked, then masked. The same images and noise levels, other
-    noise and other dropped labels. MDT eq. 5 and section 3.4, under EDM."""
+    noise and other dropped labels. MDT section 4.4, under EDM."""
     sigma, sd = draws['sigma'], cfg['sigma_data']
     visible, _ = split_tokens(draws, cfg)
-    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
     parts = {}
     for name, again, seen in (('full', '', None), ('masked', '2', visible)):
         xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise' + again]
-        F, *_ = net(c_in * xt, c_noise, drop_labels(y, draws, cfg, again), seen)
-        D = c_skip * xt + c_out * F
+        D = denoise(net, xt, sigma, drop_labels(y, draws, cfg, again), cfg, seen)
         parts[name] = (loss_weight(sigma, sd) * (D - x0) ** 2).mean()
     return parts['full'] + parts['masked'], {name: part.detach() for name, part in parts.items()}
 
@@ -870,26 +869,30 @@ def mistaken(step, cfg):
 
 def load_net(path, device='cpu'):
     """(net, cfg) for inference from the EMA weights of a checkpoint. Raises BadInput."""
-    net, cfg = build_net(read_checkpoint(path), path)
-    return net.to(device).eval().requires_grad_(False), cfg
+    state = read_checkpoint(path)
+    net = empty_net(state, path)
+    net.load_state_dict(state['ema'])
+    return net.to(device).eval().requires_grad_(False), state['config']
 
 
-def build_net(state, path):
-    """(net, cfg) with the EMA weights of what `read_checkpoint` gave. Raises BadInput if they do not fit."""
+def empty_net(state, path):
+    """The network of what `read_checkpoint` gave, its memory not yet written. Raises BadInput if the weights
+    there do not fit it."""
     cfg = state['config']
     (_, d, _), _, p = parse_size(cfg['model'])
     largest = d * max((cfg['resolution'] // p) ** 2, p * p * cfg['channels'], cfg['classes'])
     if 2 * largest > os.path.getsize(path):                               # before anything so large is made
         raise BadInput(f'{path} has a configuration of {largest:,} numbers in one table alone, and '
                        f'{os.path.getsize(path):,} bytes: it is damaged, or made to fill the memory')
-    net = Net(cfg)
+    with torch.device('meta'):                                                # no random numbers for nothing
+        net = Net(cfg)
+    net.to_empty(device='cpu')
     for name in ('ema', 'model'):
         wrong = differences(state[name], net.state_dict()) if name in state else None
         if wrong:
             raise BadInput(f'{path} has weights that do not fit its own configuration: of the tensors in '
                            f'`{name}` there are {wrong}')
-    net.load_state_dict(state['ema'])
-    return net, cfg
+    return net
 
 
 def differences(found, wanted):

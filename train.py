@@ -2,9 +2,10 @@
 
     python train.py                                                          # mcdit B/2 on drawn shapes
     torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256     # the paper's run
-    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256 --method maskdit    # its comparison
+    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256 --method maskdit --out out-maskdit
 
-Several nodes: the same, with torchrun's --nnodes and --rdzv_endpoint. Without GPUs it trains on the CPU.
+Several nodes: the same, with torchrun's --nnodes and --rdzv_endpoint, and with --out and --data on a disk
+that all nodes see. Without GPUs it trains on the CPU.
 
 Writes, all in --out:
     0010000.pt             `model`, `ema`, `teacher`, `opt`, `loss_scale`, `step`, `config`; two are kept
@@ -37,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from concurrent import futures
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')     # before torch: threads that spin on a busy CPU were
@@ -67,10 +69,10 @@ def shared_flags(parser, steps, batch):
     flag('--steps', type=int, default=steps, help='optimizer steps')
     flag('--batch', type=int, default=batch, help='images a step, over processes and accumulation')
     flag('--accumulate', type=int, default=1, help='backward passes a step')
-    flag('--lr-decay', type=float, default=0.0, help='last part of the steps, where --lr falls to 0')
+    flag('--lr-decay', type=float, default=0.0, help='last part of the steps, 0 to 1, where --lr falls to 0')
     flag('--precision', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the network')
-    flag('--compile', action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-         help='compile each block: a minute, and then faster steps (default: on GPUs)')
+    flag('--compile', action=argparse.BooleanOptionalAction, default=None,
+         help='compile each block: a minute, and then faster steps (default: on GPUs from Volta on)')
     flag('--checkpoint-blocks', action='store_true', default=False, help='compute each block again for its '
          'gradient instead of keeping what it made: a third of the memory, four thirds of the time')
     flag('--log-every', type=int, default=50, help='steps between lines of the log')
@@ -297,7 +299,6 @@ def where_am_i(minutes):
                            f'{gpus}: type --nproc_per_node {gpus}')
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')                            # TF32 for what stays in float32
     if world > 1 and not dist.is_initialized():
         store = None
         if env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':    # keeps the addresses of processes that died:
@@ -306,6 +307,11 @@ def where_am_i(minutes):
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank,
                                 world_size=world, timeout=datetime.timedelta(minutes=minutes))
     return rank, world, device
+
+
+def can_compile(device):
+    """Whether the compiler, whose kernels are Triton's, knows the device: a GPU from Volta on."""
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
 def git_commit():
@@ -566,7 +572,11 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             why = str(error).strip().splitlines()[-1:]
             raise BadInput(f'{path} does not fit its own configuration ({type(error).__name__}: '
                            f'{"".join(why).strip()[:200]}): remove it to go on from the one before') from None
+        moments = None
+        state.clear()                                # a file still mapped takes room on the disk when removed
     net.checkpoint_blocks = args.checkpoint_blocks
+    if args.compile is None:
+        args.compile = can_compile(device)
     if args.compile:
         model.compile_blocks(net)
         if teacher is not None:
@@ -592,6 +602,7 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
         except OSError as error:
             tqdm.write(f'cannot write {out}/log.jsonl: {error.strerror}; its last {len(waiting)} lines wait')
 
+    mistake = None
     if rank == 0:
         header = {
             'method': f'{cfg["method"]}, {cfg["mask_ratio"]:.0%} masked',
@@ -614,8 +625,11 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             append(out / 'log.jsonl.tmp', keep)
             os.replace(out / 'log.jsonl.tmp', out / 'log.jsonl')
         except OSError as error:
-            raise BadInput(f'cannot write {out}/log.jsonl: {error.strerror}; make room and type the same '
-                           f'command again') from None
+            mistake = BadInput(f'cannot write {out}/log.jsonl: {error.strerror}; make room and type the same '
+                               f'command again')
+    mistake = agree(mistake, world, device)
+    if mistake:
+        raise mistake
 
     # the loop
     def now_and_then(step):
@@ -758,15 +772,36 @@ def main(argv=None):
     return train(args, configuration(args, dataset), dataset)
 
 
-if __name__ == '__main__':
+def script(name, main):
+    """Run main() as the script `name`: a mistake is told in a sentence and ends it with status 2.
+
+    One of several processes that fails may be alone in that, so it leaves without a word to the others:
+    NCCL's farewell waits for all of them, and torchrun ends them only once it sees one dead.
+    """
+    def leave(status):
+        if dist.is_initialized():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
+
     try:
         main()
     except (BadInput, data.BadInput) as mistake:
-        print(f'train.py: {mistake}', file=sys.stderr)
-        sys.exit(2)
+        print(f'{name}: {mistake}', file=sys.stderr)
+        leave(2)
     except KeyboardInterrupt:                                                 # before the first step
-        print('train.py: interrupted', file=sys.stderr)
-        sys.exit(130)
-    finally:
+        print(f'{name}: interrupted', file=sys.stderr)
+        leave(130)
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        leave(1)
+    finally:                                                                  # the end, or a stop of them all
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    script('train.py', main)

@@ -125,6 +125,26 @@ def test_a_step_asks_for_no_number():
             model.update_teacher(teacher, net, 3, cfg, ok)
 
 
+class Devices(TorchDispatchMode):
+    """Where the tensors that are made under it lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen.add(result.device.type)
+        return result
+
+
+def test_ddpms_steps_are_made_where_they_are_used():
+    """A copy from main memory would wait for the GPU, at every step of tuning and of the sampler."""
+    with Devices() as devices:
+        model.ddpm_time(torch.ones(3, device='meta'))
+    assert devices.seen == {'meta'}
+
+
 # ---------------------------------------------------------------------------------------- MC-DiT's branches
 
 
@@ -355,6 +375,23 @@ def test_checkpointed_blocks_keep_their_input_alone():
     inputs = saved_bytes(lambda: net.encode(patches, c), net)
     one = 4 * 256 * 384 * 4
     assert 12 * one <= inputs <= 12.5 * one and inputs < everything / 10
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_block_is_checkpointed(method, monkeypatch):
+    net, _, loss = loss_on_meta(config(method, channels=4))
+    again, checkpoint = set(), model.checkpoint
+
+    def remember(function, *inputs, **how):
+        again.add(function)
+        return checkpoint(function, *inputs, **how)
+
+    monkeypatch.setattr(model, 'checkpoint', remember)
+    loss()
+    assert not any(isinstance(function, model.Block) for function in again)
+    net.checkpoint_blocks = True
+    loss()
+    assert again >= {module for module in net.modules() if isinstance(module, model.Block)}
 
 
 # ------------------------------------------------------------------------------------------- the benchmark

@@ -899,6 +899,14 @@ def test_checkpoint_round_trip(tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
 
 
+def test_reading_a_checkpoint_draws_nothing(tmp_path):
+    """Random weights to be overwritten take seconds at XL/2."""
+    path = saved(tmp_path, config())
+    before = torch.get_rng_state()
+    model.load_net(path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize(
     'spoil', ['missing', 'folder', 'text', 'empty', 'truncated', 'flipped', 'other', 'misfit', 'code']
 )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -102,6 +103,22 @@ def test_stopped_after_any_step(moments, tmp_path, monkeypatch, stop):
         run(moments, tmp_path / 'parts', *flags)
     run(moments, tmp_path / 'parts', *flags)
     assert same_runs(tmp_path / 'whole', tmp_path / 'parts', 8)
+
+
+def test_a_resumed_run_lets_go_of_its_checkpoint(shapes, tmp_path, monkeypatch):
+    """Still mapped, the file would keep its room on the disk when it is removed; a CPU's AdamW holds it."""
+    run(shapes, tmp_path, '--steps', '1')
+    tensors, held, newest = [], [], train.newest_checkpoint
+
+    def remember(*args):
+        path, state = newest(*args)
+        for name in ('model', 'ema', 'teacher'):
+            tensors.extend(map(weakref.ref, state[name].values()))
+        return path, state
+    monkeypatch.setattr(train, 'newest_checkpoint', remember)
+    at_steps(monkeypatch, {1: lambda: held.append(sum(tensor() is not None for tensor in tensors))})
+    run(shapes, tmp_path, '--steps', '2')
+    assert tensors and held == [0]
 
 
 CROWDS = [['sddit', 'mcdit'], pytest.param(['dit', 'maskdit', 'mdt', 'mcdit'], marks=pytest.mark.slow)]
@@ -418,6 +435,15 @@ def test_lines_that_a_full_disk_refuses_wait(shapes, tmp_path, monkeypatch, room
     assert [line['step'] for line in lines(tmp_path, 'held_out')] == [4, 7]
 
 
+def test_a_log_that_cannot_be_begun_stops_all_processes(shapes, tmp_path, monkeypatch):
+    (tmp_path / 'log.jsonl').mkdir()
+    told = []
+    monkeypatch.setattr(train, 'agree', lambda mistake, *group: told.append(mistake) or mistake)
+    with pytest.raises(model.BadInput, match='cannot write .*log.jsonl: Is a directory'):
+        run(shapes, tmp_path, '--steps', '1')
+    assert isinstance(told[-1], model.BadInput)
+
+
 def test_a_log_line_that_a_kill_tore_is_made_anew(shapes, tmp_path):
     run(shapes, tmp_path, '--steps', '2')
     with open(tmp_path / 'log.jsonl', 'a') as log:
@@ -449,6 +475,60 @@ def test_a_process_that_dies_is_started_anew_to_the_same_end(crowd):
     assert done.stdout.count('resumes') == 1 and '0000004.pt' in done.stdout
     assert same_runs(folder / 'whole' / 'mcdit', folder / 'died', 6)
     assert json.loads((folder / 'died.json').read_text())[0]['difference'] == 0
+
+
+FAILS_ALONE = '''
+import sys
+import time
+sys.path.insert(0, sys.argv.pop(1))
+import torch.distributed as dist
+import model
+import train
+
+def fails(cfg, step, *rest):
+    if dist.get_rank() == 1 and step == 1:
+        raise RuntimeError('nobody else has this')
+    return draw(cfg, step, *rest)
+
+def farewell():
+    print('farewell', flush=True)
+    time.sleep(100)
+
+draw, model.draw, dist.destroy_process_group = model.draw, fails, farewell
+train.script('train.py', train.main)
+'''
+
+
+def test_a_process_that_fails_alone_waits_for_nobody(shapes, tmp_path):
+    """NCCL's farewell, which blocks until all are there, is played by one that takes its time."""
+    (tmp_path / 'fails.py').write_text(FAILS_ALONE)
+    flags = [*TINY, '--data', shapes, '--out', tmp_path / 'out', '--steps', '3']
+    done = torchrun(tmp_path / 'fails.py', ROOT, *flags)
+    assert done.returncode != 0 and 'RuntimeError: nobody else has this' in done.stderr
+    assert 'step 1/3' in done.stdout and 'farewell' not in done.stdout
+
+
+def raising(error):
+    def main():
+        raise error
+    return main
+
+
+def in_a_group(main):
+    train.dist.is_initialized = lambda: True
+    train.dist.destroy_process_group = lambda: os._exit(77)
+    train.script('train.py', main)
+
+
+ENDS = [(lambda: None, 77), (raising(SystemExit(143)), 77), (raising(model.BadInput('a')), 2),
+        (raising(data.BadInput('a')), 2), (raising(KeyboardInterrupt), 130), (raising(KeyError('a')), 1)]
+
+
+@pytest.mark.parametrize('main, status', ENDS)
+def test_a_group_parts_only_where_all_end(main, status):
+    child = beside(in_a_group, main)
+    child.join(60)
+    assert child.exitcode == status
 
 
 @pytest.mark.slow

@@ -154,6 +154,31 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         train.where_am_i(10)
 
 
+def test_float32_is_not_tf32(monkeypatch):
+    """Neither --precision fp32 nor, whatever the precision, SD-DiT's head."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    assert train.where_am_i(10) == (0, 1, torch.device('cuda', 0))
+    assert torch.get_float32_matmul_precision() == 'highest'
+
+
+@pytest.mark.parametrize('capability, can', [((9, 0), True), ((7, 0), True), ((6, 1), False)])
+def test_the_compiler_knows_gpus_from_volta_on(capability, can, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    assert train.can_compile(torch.device('cuda')) == can and not train.can_compile(torch.device('cpu'))
+
+
+def test_blocks_are_compiled_where_they_can_be_and_nothing_is_said(shapes, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(model, 'compile_blocks', compiled.append)
+    monkeypatch.setattr(train, 'can_compile', lambda device: True)
+    run(shapes, tmp_path / 'eager', '--steps', '1', '--no-compile')
+    assert not compiled
+    run(shapes, tmp_path / 'compiled', '--steps', '1')
+    assert len(compiled) == 2                                                 # the network and its teacher
+
+
 def test_losses_fall(shapes, tmp_path):
     run(shapes, tmp_path, '--steps', '60', '--batch', '16', '--lr', '2e-3')
     loss = [line['clean'] for line in lines(tmp_path)]
@@ -308,6 +333,18 @@ def test_two_fresh_starts_of_tuning_differ_from_training_in_noise_and_order(shap
     path = run(shapes, tmp_path / 'out', '--steps', '1')
     cfg = model.read_checkpoint(tune(path, tmp_path / 'tuned', '--steps', '1'))['config']
     assert cfg['seed'] != model.read_checkpoint(path)['config']['seed']
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_one_process_tells_of_new_labels(shapes, tmp_path, rank, monkeypatch, capsys):
+    path = run(shapes, tmp_path / 'out', '--steps', '1')
+    rows = ((np.zeros((3, 8, 8), np.uint8), k % 4) for k in range(60))
+    data.save_folder(tmp_path / 'four', rows, 'uint8', (3, 8, 8), {'kind': 'images', 'classes': 4}, 0)
+    monkeypatch.setenv('RANK', str(rank))
+    monkeypatch.setattr(train, 'train', lambda args, *rest: pathlib.Path(args.out) / 'none.pt')
+    tune(path, tmp_path / 'tuned', '--data', str(tmp_path / 'four'))
+    told = capsys.readouterr().out.count('10 classes were trained and the data has 4')
+    assert told == (1 if rank == 0 else 0)
 
 
 # --------------------------------------------------------------------------------------- several processes
