@@ -1,7 +1,7 @@
 """The loop: train a diffusion transformer on masked images.
 
     python train.py                                                          # mcdit B/2 on drawn shapes
-    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256     # the paper's run
+    torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256     # XL/2 on 4 GPUs
     torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256 --method maskdit --out out-maskdit
 
 Several nodes: the same, with torchrun's --nnodes and --rdzv_endpoint, and with --out and --data on a disk
