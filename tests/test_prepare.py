@@ -455,7 +455,8 @@ def test_a_restart_makes_only_what_is_missing(half_done, monkeypatch, capsys):
     many, tmp_path = half_done
     read, seen = data.read_picture, []
     monkeypatch.setattr(data, 'read_picture', lambda name, size: (seen.append(name), read(name, size))[1])
-    monkeypatch.setattr(data, 'where_am_i', lambda: (0, 1, torch.device('cuda')))  # pixels are the same there
+    monkeypatch.setattr(data, 'where_am_i',              # pixels are the same there
+                        lambda gpu=False: (0, 1, torch.device('cuda')))
     prepare('folder', many / 'src', '--out', tmp_path / 'out', '--size', 4)
     assert len(seen) == len(set(seen)) == 3153 - 3 * data.CHUNK
     assert 'has 3 of 13 chunks' in capsys.readouterr().out
@@ -667,7 +668,7 @@ def test_moments_are_begun_and_ended_on_one_kind_of_device(tmp_path, monkeypatch
                  lambda name: (np.zeros((3, 8, 8), np.uint8), []), meta, 8, 1, encode)
     with pytest.raises(RuntimeError, match='stopped'):
         data.prepare(*arguments)
-    monkeypatch.setattr(data, 'where_am_i', lambda: (0, 1, torch.device('cuda')))
+    monkeypatch.setattr(data, 'where_am_i', lambda gpu=False: (0, 1, torch.device('cuda')))
     with pytest.raises(data.BadInput, match='device was cpu and is now cuda'):
         data.prepare(*arguments)
 
