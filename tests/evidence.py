@@ -146,36 +146,37 @@ QUESTIONS = {                                         # title, source, rows: lab
                     [(name, name, 'masked', 'short_tune') for name in model.METHODS]
                     + [(f'{name}, no tuning', name, 'masked', None) for name in model.METHODS])}
 
-# What the papers claim: source, question, number compared (small is good), and rows, the best first, each
-# with the paper's FID; a row is compared with the next. Without published numbers the first is with each.
-METHODS_AT = {name: f'{name}, equal images' for name in model.METHODS}
+# What the papers claim, "<" being better: the claim, the paper's FIDs in that order, if any; then question,
+# number compared (small is better), rows in that order, and whether each row is compared with the next,
+# CHAIN, or the first one with each of the others, FIRST.
+CHAIN, FIRST = 'chain', 'first'
 CLAIMS = [
-    ('Table 3, B/2, 400k', 'methods', 'frechet',
-     {METHODS_AT['mcdit']: 18.88, METHODS_AT['sddit']: 28.62, METHODS_AT['mdt']: 34.33,
-      METHODS_AT['dit']: 43.47}),
-    ('Table 3, XL/2, 1300k', 'methods', 'frechet',
-     {METHODS_AT['mcdit']: 7.92, METHODS_AT['sddit']: 9.01, METHODS_AT['mdt']: 9.60,
-      METHODS_AT['maskdit']: 12.15}),
-    ('equal time, no table', 'methods', 'frechet',
-     dict.fromkeys([METHODS_AT['mcdit'], *(f'{name}, equal time' for name in model.METHODS
-                                           if name != 'mcdit')])),
-    ('Figure 3(a)', 'methods', 'on_clean',
-     dict.fromkeys(METHODS_AT[name] for name in ('mcdit', 'maskdit', 'dit'))),
-    ('Table 7, XL/2', 'tuning', 'frechet',
-     {'mcdit, short tuning': 7.92, 'mcdit, no tuning': 8.33, 'maskdit, short tuning': 12.15}),
-    ('longer, no table', 'tuning', 'frechet', dict.fromkeys(['mcdit, long tuning', 'maskdit, long tuning'])),
-    ('longer, no table', 'tuning', 'frechet',
-     dict.fromkeys(['mcdit, long training, long tuning', 'maskdit, long training, long tuning'])),
-    ('Table 5', 'branches', 'frechet', {'both': 18.88, 'noisy': 19.26, 'none': 22.10}),
-    ('no table', 'branches', 'frechet', dict.fromkeys(['both fast', 'none'])),
-    ('Table 6', 'targets', 'frechet', {'clean and noise': 22.10, 'only clean': 25.88, 'all clean': 34.53}),
-    ('Table 10', 'tokens', 'frechet', {'both': 22.10, 'clean only': 23.69, 'noisy only': 25.72}),
-    ('Figure 5', 'ratio', 'frechet', dict.fromkeys(['0.5', '0.25', '0.75'])),
-    ('Figure 1(a)', 'information', 'away', dict.fromkeys(['mcdit', 'maskdit', 'mdt'])),
-    ('Figure 1(a)', 'information', 'away',
-     dict.fromkeys([f'{name}, no tuning' for name in ('mcdit', 'maskdit', 'mdt')]))]
-COMPARED = {'frechet': 'Fréchet', 'on_clean': 'training loss on clean targets, last 50 masked steps',
-            'away': "nats away from clean images', mean over sigma"}
+    ('`mcdit` < `sddit` < `mdt` < `dit` (Table 3, B/2)', (18.88, 28.62, 34.33, 43.47), 'methods', 'frechet',
+     [f'{name}, equal images' for name in ('mcdit', 'sddit', 'mdt', 'dit')], CHAIN),
+    ('`mcdit` < `sddit` < `mdt` < `maskdit` (Table 3, XL/2)', (7.92, 9.01, 9.60, 12.15), 'methods', 'frechet',
+     [f'{name}, equal images' for name in ('mcdit', 'sddit', 'mdt', 'maskdit')], CHAIN),
+    ('`mcdit` < `dit`, `maskdit`, `mdt`, `sddit`, at equal time of masked training', (), 'methods', 'frechet',
+     ['mcdit, equal images', *(f'{name}, equal time' for name in ('dit', 'maskdit', 'mdt', 'sddit'))], FIRST),
+    ('training loss on clean targets, last 50 masked steps: `mcdit` < `maskdit`, `dit` (Figure 3a)', (),
+     'methods', 'on_clean', [f'{name}, equal images' for name in ('mcdit', 'maskdit', 'dit')], FIRST),
+    ('tuned `mcdit` < untuned `mcdit` < tuned `maskdit` (Table 7)', (7.92, 8.33, 12.15), 'tuning', 'frechet',
+     ['mcdit, short tuning', 'mcdit, no tuning', 'maskdit, short tuning'], CHAIN),
+    ('`mcdit` < `maskdit`, three times the tuning', (), 'tuning', 'frechet',
+     ['mcdit, long tuning', 'maskdit, long tuning'], CHAIN),
+    ('`mcdit` < `maskdit`, three times the masked training and the tuning', (), 'tuning', 'frechet',
+     ['mcdit, long training, long tuning', 'maskdit, long training, long tuning'], CHAIN),
+    ('both EMA branches < the noisy one < none (Table 5)', (18.88, 19.26, 22.10), 'branches', 'frechet',
+     ['both', 'noisy', 'none'], CHAIN),
+    (f'both, of decay {FAST} for 0.999, < none', (), 'branches', 'frechet', ['both fast', 'none'], CHAIN),
+    ('targets: clean and noise < clean alone < all clean (Table 6)', (22.10, 25.88, 34.53), 'targets',
+     'frechet', ['clean and noise', 'only clean', 'all clean'], CHAIN),
+    ('tokens: both < clean alone < noisy alone (Table 10)', (22.10, 23.69, 25.72), 'tokens', 'frechet',
+     ['both', 'clean only', 'noisy only'], CHAIN),
+    ('mask ratio 0.5 < 0.25, 0.75 (Figure 5)', (), 'ratio', 'frechet', ['0.5', '0.25', '0.75'], FIRST),
+    ('nats from clean images, tuned: `mcdit` < `maskdit`, `mdt` (Figure 1a)', (), 'information', 'away',
+     ['mcdit', 'maskdit', 'mdt'], FIRST),
+    ('the same, untuned', (), 'information', 'away',
+     [f'{name}, no tuning' for name in ('mcdit', 'maskdit', 'mdt')], FIRST)]
 
 # ------------------------------------------------ other readings of the paper, by README's table of choices
 
@@ -640,29 +641,27 @@ def in_seeds(better, worse):
     return f'{sum(a < b for a, b in pairs)} of {len(pairs)}' if pairs else '-'
 
 
-def comparisons(claim, collected):
-    """Lines of the table of claims, one a pair of rows; none where the question was not asked."""
-    source, question, metric, published = claim
+def verdict(claim, collected):
+    """A line of the table of claims; None where the question was not asked."""
+    words, published, question, metric, labels, how = claim
     rows = {row['label']: row for row in collected.get(question, ())}
-    labels, lines = list(published), []
-    for i, worse in enumerate(labels[1:], 1):
-        better = labels[0 if None in published.values() else i - 1]
-        if not rows:
-            continue
-        a, b = (column(rows[label], metric) for label in (better, worse))
-        apart = [y - x for x, y in zip(a, b) if None not in (x, y)]
-        line = [f'{better} before {worse}', source, '-', COMPARED[metric],
-                *(cell(values, DIGITS.get(metric, 3)) for values in (a, b, apart)), in_seeds(a, b), '-', '-']
-        if None not in published.values():
-            line[2] = f'{published[better]:.2f}, {published[worse]:.2f}'
-        if metric == 'frechet':               # what fidelity, large is good, and the mean held-out loss say
-            fidelity = [[value and -value for value in column(rows[label], 'fidelity')]
-                        for label in (better, worse)]
-            loss = [column(rows[label], 'after' if rows[label]['tuned'] else 'before')
-                    for label in (better, worse)]
-            line[-2:] = in_seeds(*fidelity), in_seeds(*loss)
-        lines.append(line)
-    return lines
+    if not rows:
+        return None
+    pairs = list(zip(labels, labels[1:])) if how == CHAIN else [(labels[0], other) for other in labels[1:]]
+
+    def held(numbers):
+        return ', '.join(in_seeds(numbers[a], numbers[b]) for a, b in pairs)
+
+    found = {label: column(rows[label], metric) for label in labels}
+    cells = [cell(values, DIGITS.get(metric, 3)) for values in found.values()]
+    line = [words, ', '.join(f'{number:.2f}' for number in published) or 'no number', ', '.join(cells),
+            held(found), '-', '-']
+    if metric == 'frechet':                                                   # large fidelity is good
+        line[4] = held({label: [value and -value for value in column(rows[label], 'fidelity')]
+                        for label in labels})
+        line[5] = held({label: column(rows[label], 'after' if rows[label]['tuned'] else 'before')
+                        for label in labels})
+    return line
 
 
 def by_steps(collected):
@@ -741,7 +740,7 @@ def write_tables(collected, settings, judge, timing, missing):
         lines += ['', f'## {title} ({source})']
         if question == 'information':
             sigmas = mutual_info.DEFAULTS['sigmas']
-            lines += table(['nats at sigma', 'seeds', *map('{:g}'.format, sigmas), COMPARED['away']], [
+            lines += table(['nats at sigma', 'seeds', *map('{:g}'.format, sigmas), 'from clean, mean'], [
                 [row['label'], str(summary(column(row, 'away'))[2]),
                  *(cell(column(row, 'nats', j), 2) for j in range(len(sigmas))), cell(column(row, 'away'), 2)]
                 for row in rows])
@@ -774,11 +773,11 @@ def write_tables(collected, settings, judge, timing, missing):
             [[run, str(M), *(cell(column(row, name, j)) for name in COLLAPSE for j in which)]
              for (run, M), row in shown.items()])
     lines += puzzle(collected, settings)
-    claims = [line for claim in CLAIMS for line in comparisons(claim, collected)]
+    claims = [line for claim in CLAIMS if (line := verdict(claim, collected))]
     if claims:
-        lines += ['', '## Claims. A coin would hold in half of the seeds.', *table(
-            ['', 'source', "the paper's FIDs", 'compared', 'first', 'second', 'second - first',
-             'smaller in seeds', 'fidelity agrees in', 'mean loss agrees in'], claims)]
+        lines += ['', '## Claims', '', 'Found are Fréchet distances, where no other number is named. A coin '
+                  'holds in half of the seeds.', *table(['claim, < is better', "paper's FID", 'found', 'holds '
+                  'in seeds', 'by fidelity', 'by mean held-out loss'], claims)]
     if timing:
         steps = {name: round(settings['masked'] * EQUAL_TIME[name]) for name in timing}
         lines += ['', '## Core-seconds of masked training', *table(
