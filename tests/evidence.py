@@ -776,8 +776,9 @@ def write_tables(collected, settings, judge, timing, missing):
     claims = [line for claim in CLAIMS if (line := verdict(claim, collected))]
     if claims:
         lines += ['', '## Claims', '', 'Found are Fréchet distances, where no other number is named. A coin '
-                  'holds in half of the seeds.', *table(['claim, < is better', "paper's FID", 'found', 'holds '
-                  'in seeds', 'by fidelity', 'by mean held-out loss'], claims)]
+                  'holds in half of the seeds.', *table(
+                      ['claim, < is better', "paper's FID", 'found', 'holds in seeds', 'by fidelity',
+                       'by mean held-out loss'], claims)]
     if timing:
         steps = {name: round(settings['masked'] * EQUAL_TIME[name]) for name in timing}
         lines += ['', '## Core-seconds of masked training', *table(
