@@ -596,7 +596,7 @@ def collect(out, settings, questions, seeds):
         return numbers
 
     def information(label, seed):
-        """And how far from clean images: the paper's Figure 1(a) measures both."""
+        """And their mean distance from those of clean images: Figure 1(a) has these as the aim."""
         found = result('information', seed, 'information')
         nats, clean = found.get(label), found.get(mutual_info.CLEAN)
         if not nats:
