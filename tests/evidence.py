@@ -874,7 +874,7 @@ def report(out, settings, questions, seeds, missing):
     timing = result_of(folder_of(out, settings, 'timing', None, 'timing', 0, 0))
     if not judge:
         raise BadInput(f'nothing to report yet: the judge has no result, see {out}/output/judge.txt')
-    collected = collect(out, settings, questions, seeds)
+    collected = shortened(collect(out, settings, questions, seeds))           # tables are of what is written
     lines = write_tables(collected, settings, judge, timing, missing)
     everything = {
         'settings': settings | {'sigma': SIGMAS, 'head of sddit': [NARROW, PROTOTYPES]}, 'seeds': seeds,
