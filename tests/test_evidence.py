@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import statistics
 
 import numpy as np
@@ -261,6 +262,15 @@ def test_information_is_measured_from_clean_images(tmp_path):
     away = {label: numbers['away'] for label, numbers in rows.items()}
     assert away['mcdit'] == 1 and away['clean images'] == 0                   # more counts as less does
     assert away['mixed, clean / noisy'] == 0.5 and away['noisy images'] == 1.5
+
+
+def test_the_readme_has_the_claims_of_the_committed_run():
+    root = pathlib.Path(evidence.__file__).parent.parent
+    committed = json.loads((root / 'assets' / 'evidence.json').read_text())
+    readme = (root / 'README.md').read_text()
+    for claim in evidence.CLAIMS:
+        line = '| ' + ' | '.join(evidence.verdict(claim, committed['questions'])) + ' |'
+        assert line in readme, line
 
 
 def test_judge_features_decide():
