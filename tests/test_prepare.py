@@ -386,7 +386,7 @@ def slow_disk(monkeypatch):
         monkeypatch.setattr(module, name, slow)
 
 
-@pytest.mark.parametrize('worlds', [[1], [2], [3, 1, 2]], ids=str)
+@pytest.mark.parametrize('worlds', [[1], pytest.param([2], marks=pytest.mark.slow), [3, 1, 2]], ids=str)
 def test_ten_kills_change_no_byte(many, tmp_path, worlds, slow_disk):
     argv = ['folder', str(many / 'src'), '--out', str(tmp_path / 'out'), '--size', '4', '--workers', '1']
     seen = kill_and_restart(argv, tmp_path / 'out', worlds, 13, random.Random(0))
