@@ -12,7 +12,9 @@ Trains on drawn shapes, tunes, samples, and measures; prints a plan before and t
     output/                            what the runs printed
 
 Run the same command again to go on. Seed 0 comes first, and in every seed the first questions first, so that
-a stopped matrix is of use; the tables say how many seeds each number has. The matrix fills about 5 GB.
+a stopped matrix is of use; the tables say how many seeds each number has. A finished stage is known by its
+configuration, not by the code that ran: after a change to what is computed, begin in another --out. The JSON
+has the commits that the runs were started from. The matrix fills about 8 GB.
 
 Fréchet distance, precision and recall are fid.py's own functions on the features of the judge
 (tests/judge.py, a classifier of shapes): these are NOT Inception numbers, and compare with nothing but each
@@ -29,10 +31,12 @@ network. `Equal time` is that of masked training, by the cost of a step; tuning 
 
 All losses before and after tuning are held-out ones on the same noise. Those of `curve`, in the logs of
 masked training, are on another. Seeds share the data, the judge and the 200 held-out images: the deviation is
-that of training and sampling alone.
+that of training and sampling alone. Tuning draws with the next seed, as finetune.py does: the noise of seed
+0's tuning is that of seed 1's masked training.
 """
 
 import argparse
+import collections
 import contextlib
 import functools
 import hashlib
@@ -81,14 +85,14 @@ SETTINGS = {
         short_tune=2, long_tune=4, eval_every=2, samples=20, sampler=2, real=60, information=100,
         timing=3, seeds=[0, 1], jobs=2),
     'gpu': dict(
-        model='S/4', size=32, images=50_000, batch=256, lr=5e-4, tune_lr=2.5e-4, masked=1000, long=3000,
-        short_tune=300, long_tune=1000, eval_every=250, samples=2000, sampler=18, real=10_000,
+        model='S/4', size=32, images=20_000, batch=256, lr=5e-4, tune_lr=2.5e-4, masked=600, long=1800,
+        short_tune=200, long_tune=600, eval_every=200, samples=2000, sampler=18, real=5_000,
         information=1000, timing=0, seeds=[0], jobs=4)}
 
-# Core-seconds on a busy server CPU, for the plan's estimate alone: a masked training step of each method, a
-# tuning step, an evaluation of one image by the sampler, and a held-out evaluation
-COST = {'dit': 0.056, 'maskdit': 0.062, 'mdt': 0.128, 'sddit': 0.138, 'mcdit': 0.085, 'tune': 0.085,
-        'image': 0.00094, 'held_out': 3.7, 'judge': 15, 'timing': 10, 'information': 120, 'start': 4}
+# Core-seconds on a server CPU that does nothing else, for the plan's estimate alone: a masked training step
+# of each method, a tuning step, an evaluation of one image by the sampler, and a held-out evaluation
+COST = {'dit': 0.042, 'maskdit': 0.047, 'mdt': 0.096, 'sddit': 0.104, 'mcdit': 0.064, 'tune': 0.072,
+        'image': 0.0007, 'held_out': 3.7, 'judge': 15, 'timing': 10, 'information': 40, 'start': 4}
 
 # The core time that mcdit's masked training takes, in steps of each method: from the measured cost of a step.
 # The report prints what a step cost where the matrix ran.
@@ -102,14 +106,20 @@ RUNS = {                                                      # name: method, fl
     'main branch': ('mcdit', MAIN, None),
     'noisy branch': ('mcdit', ['--lambda-con2', '0'], None),
     'clean branch': ('mcdit', ['--lambda-con1', '0'], None),
-    'fast branches': ('mcdit', [], 'fast branches'),
+    'fast branches': ('mcdit', [], f'decay {FAST}'),
     'only clean': ('mcdit', [*MAIN, '--lambda-noise', '0'], None),
     'all clean': ('mcdit', [*MAIN, '--all-clean'], None),
     'noisy tokens': ('mcdit', [*MAIN, '--tokens', 'noisy'], None),
     'clean tokens': ('mcdit', [*MAIN, '--tokens', 'clean'], None),
     'ratio 0.25': ('mcdit', ['--mask-ratio', '0.25'], None),
     'ratio 0.75': ('mcdit', ['--mask-ratio', '0.75'], None),
-    **{reading: ('mcdit', [], reading) for reading in READINGS}}
+    **{reading: ('mcdit', [], reading) for reading in READINGS},
+    'maskdit 0.25': ('maskdit', ['--mask-ratio', '0.25'], None),
+    'maskdit 0.75': ('maskdit', ['--mask-ratio', '0.75'], None),
+    'maskdit zero bridge': ('maskdit', [], 'zero bridge')}
+
+# What a run of mcdit is divided by where it is compared with maskdit: the one that differs in nothing else
+LIKE = {'ratio 0.25': 'maskdit 0.25', 'ratio 0.75': 'maskdit 0.75', 'zero bridge': 'maskdit zero bridge'}
 
 
 BOTH = ('maskdit', 'mcdit')
@@ -120,6 +130,14 @@ def tuned(**rows):
     return [(label.replace('_', ' '), run, 'masked', 'short_tune') for label, run in rows.items()]
 
 
+def untuned(**rows):
+    """The same before tuning."""
+    return [(f'{label}, no tuning', run, 'masked', None) for label, run, *_ in tuned(**rows)]
+
+
+READ = {'as here': 'mcdit', **dict(zip(READINGS, READINGS)), 'maskdit, zero bridge': 'maskdit zero bridge'}
+RATIOS = {'0.25': 'ratio 0.25', '0.5': 'mcdit', '0.75': 'ratio 0.75',
+          'maskdit, 0.25': 'maskdit 0.25', 'maskdit, 0.5': 'maskdit', 'maskdit, 0.75': 'maskdit 0.75'}
 QUESTIONS = {                                         # title, source, rows: label, run, masked, tuning steps
     'methods': ('The five methods', 'MC-DiT Table 3, Figure 3',
                 [(f'{name}, equal images', name, 'masked', 'short_tune') for name in model.METHODS]
@@ -133,49 +151,52 @@ QUESTIONS = {                                         # title, source, rows: lab
                + [(f'{name}, long training, long tuning', name, 'long', 'long_tune') for name in BOTH]),
     'branches': ('EMA branches', 'MC-DiT Table 5',
                  tuned(none='main branch', noisy='noisy branch', clean='clean branch', both='mcdit',
-                       both_fast='fast branches')),
+                       both_fast='fast branches')
+                 + untuned(none='main branch', both='mcdit', both_fast='fast branches')),
     'readings': ('Other readings of the paper', "README's table of choices",
-                 tuned(as_here='mcdit') + tuned(**{reading: reading for reading in READINGS})),
+                 tuned(**READ) + untuned(**READ)),
     'targets': ('Targets of the main branch', 'MC-DiT Table 6, no EMA branch',
                 tuned(all_clean='all clean', only_clean='only clean', clean_and_noise='main branch')),
     'tokens': ('Tokens of the main branch', 'MC-DiT Table 10, no EMA branch',
                tuned(both='main branch', noisy_only='noisy tokens', clean_only='clean tokens')),
     'ratio': ('Mask ratio', 'MC-DiT Figure 5',
-              tuned(**{'0.25': 'ratio 0.25', '0.5': 'mcdit', '0.75': 'ratio 0.75'})),
+              tuned(**RATIOS) + untuned(**RATIOS)),
     'information': ('Mutual information, inference paths', 'MC-DiT Figure 1(a)',
                     [(name, name, 'masked', 'short_tune') for name in model.METHODS]
                     + [(f'{name}, no tuning', name, 'masked', None) for name in model.METHODS])}
 
-# What the papers claim, "<" being better: the claim, the paper's FIDs in that order, if any; then question,
-# number compared (small is better), rows in that order, and whether each row is compared with the next,
-# CHAIN, or the first one with each of the others, FIRST.
+# What the papers claim, "<" being better: the claim, the paper's FIDs in that order, or that it has a PICTURE
+# alone, or that the question is OURS; then question, number compared (small is better), rows in that order,
+# and whether each row is compared with the next, CHAIN, or the first one with each of the others, FIRST.
 CHAIN, FIRST = 'chain', 'first'
+PICTURE, OURS = 'a picture', 'not asked'
 CLAIMS = [
     ('`mcdit` < `sddit` < `mdt` < `dit` (Table 3, B/2)', (18.88, 28.62, 34.33, 43.47), 'methods', 'frechet',
      [f'{name}, equal images' for name in ('mcdit', 'sddit', 'mdt', 'dit')], CHAIN),
     ('`mcdit` < `sddit` < `mdt` < `maskdit` (Table 3, XL/2)', (7.92, 9.01, 9.60, 12.15), 'methods', 'frechet',
      [f'{name}, equal images' for name in ('mcdit', 'sddit', 'mdt', 'maskdit')], CHAIN),
-    ('`mcdit` < `dit`, `maskdit`, `mdt`, `sddit`, at equal time of masked training', (), 'methods', 'frechet',
+    ('`mcdit` < `dit`, `maskdit`, `mdt`, `sddit`, at equal time of masked training', OURS, 'methods',
+     'frechet',
      ['mcdit, equal images', *(f'{name}, equal time' for name in ('dit', 'maskdit', 'mdt', 'sddit'))], FIRST),
-    ('training loss on clean targets, last 50 masked steps: `mcdit` < `maskdit`, `dit` (Figure 3a)', (),
+    ('training loss on clean targets, last 50 masked steps: `mcdit` < `maskdit`, `dit` (Figure 3a)', PICTURE,
      'methods', 'on_clean', [f'{name}, equal images' for name in ('mcdit', 'maskdit', 'dit')], FIRST),
     ('tuned `mcdit` < untuned `mcdit` < tuned `maskdit` (Table 7)', (7.92, 8.33, 12.15), 'tuning', 'frechet',
      ['mcdit, short tuning', 'mcdit, no tuning', 'maskdit, short tuning'], CHAIN),
-    ('`mcdit` < `maskdit`, three times the tuning', (), 'tuning', 'frechet',
+    ('`mcdit` < `maskdit`, three times the tuning', OURS, 'tuning', 'frechet',
      ['mcdit, long tuning', 'maskdit, long tuning'], CHAIN),
-    ('`mcdit` < `maskdit`, three times the masked training and the tuning', (), 'tuning', 'frechet',
+    ('`mcdit` < `maskdit`, three times the masked training and the tuning', OURS, 'tuning', 'frechet',
      ['mcdit, long training, long tuning', 'maskdit, long training, long tuning'], CHAIN),
     ('both EMA branches < the noisy one < none (Table 5)', (18.88, 19.26, 22.10), 'branches', 'frechet',
      ['both', 'noisy', 'none'], CHAIN),
-    (f'both, of decay {FAST} for 0.999, < none', (), 'branches', 'frechet', ['both fast', 'none'], CHAIN),
+    (f'both, of decay {FAST} for 0.999, < none', OURS, 'branches', 'frechet', ['both fast', 'none'], CHAIN),
     ('targets: clean and noise < clean alone < all clean (Table 6)', (22.10, 25.88, 34.53), 'targets',
      'frechet', ['clean and noise', 'only clean', 'all clean'], CHAIN),
     ('tokens: both < clean alone < noisy alone (Table 10)', (22.10, 23.69, 25.72), 'tokens', 'frechet',
      ['both', 'clean only', 'noisy only'], CHAIN),
-    ('mask ratio 0.5 < 0.25, 0.75 (Figure 5)', (), 'ratio', 'frechet', ['0.5', '0.25', '0.75'], FIRST),
-    ('nats from clean images, tuned: `mcdit` < `maskdit`, `mdt` (Figure 1a)', (), 'information', 'away',
-     ['mcdit', 'maskdit', 'mdt'], FIRST),
-    ('the same, untuned', (), 'information', 'away',
+    ('mask ratio 0.5 < 0.25, 0.75 (Figure 5)', PICTURE, 'ratio', 'frechet', ['0.5', '0.25', '0.75'], FIRST),
+    ('nats away from clean images, tuned: `mcdit` < `maskdit`, `mdt` (Figure 1a)', PICTURE, 'information',
+     'away', ['mcdit', 'maskdit', 'mdt'], FIRST),
+    ('the same, untuned', OURS, 'information', 'away',
      [f'{name}, no tuning' for name in ('mcdit', 'maskdit', 'mdt')], FIRST)]
 
 # ------------------------------------------------ other readings of the paper, by README's table of choices
@@ -243,7 +264,7 @@ def prepare(reading):
         model.METHODS['mcdit']['loss'] = functools.partial(mcdit_loss, **{reading: True})
     if reading == 'zero bridge':
         model.initialise = zero_bridge
-    if reading == 'fast branches':            # 0.999 remembers half of 2,000 steps, of the paper's 1 in 400
+    if reading == f'decay {FAST}':            # 0.999 remembers half of 2,000 steps, of the paper's 1 in 400
         model.BRANCH_DECAY = FAST
 
 
@@ -508,9 +529,9 @@ ROOM = 2e9                                                    # bytes; a stage w
 
 
 def carry_out(out, name, units, jobs, deadline):
-    """Start units, `jobs` at a time, until all are done or `deadline` (a time.time()) forbids new ones. Two
-    of the same run and seed never run at once. Returns {folder of a stage: why it has no result}."""
-    failed, active, env = {}, {}, dict(os.environ)
+    """Start units, `jobs` at a time, until all are done or `deadline`, a time.time(), is there. Two of the
+    same run and seed never run at once. Returns {folder of a stage: why it has no result}."""
+    failed, active, why, env = {}, {}, 'no time left', dict(os.environ)
     if name != 'gpu':
         env |= {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
 
@@ -530,32 +551,33 @@ def carry_out(out, name, units, jobs, deadline):
         active[process] = unit, label, output
 
     try:
-        while True:
+        while time.time() < deadline:
             for process in [process for process in active if process.poll() is not None]:
                 unit, label, output = active.pop(process)
                 if process.returncode:
-                    why = (output.read_text().strip().splitlines() or ['it said nothing'])[-1]
-                    tell(f'{label} failed: {why}')
-                    failed |= dict.fromkeys(left(unit), why)
+                    said = (output.read_text().strip().splitlines() or ['it said nothing'])[-1]
+                    tell(f'{label} failed: {said}')
+                    failed |= dict.fromkeys(left(unit), said)
             busy = [(unit['run'], unit['seed']) for unit, *_ in active.values()]
             ready = [unit for unit in units if left(unit) and (unit['run'], unit['seed']) not in busy
                      and all(map(result_of, unit['needs']))]
             roomy = shutil.disk_usage(out).free > ROOM
-            if ready and len(active) < jobs and time.time() < deadline and roomy:
+            if ready and len(active) < jobs and roomy:
                 start(ready[0])
             elif not active:
+                why = 'what it needs failed' if roomy else \
+                      f'the disk has less than {ROOM / 1e9:.0f} GB of room'
                 break
             else:
                 time.sleep(0.2)
-        why = 'no time left' if time.time() >= deadline else 'what it needs failed' if roomy else \
-              f'the disk has less than {ROOM / 1e9:.0f} GB of room'
     except KeyboardInterrupt:
         why = 'stopped'
-        tell('stopping; training runs write a checkpoint first')
-        for process in active:
-            process.terminate()
-        for process in active:
-            process.wait()
+    if active:
+        tell(f'{why}, stopping; training runs write a checkpoint first')
+    for process in active:
+        process.terminate()
+    for process in active:
+        process.wait()
     return failed | {folder: why for unit in units for folder in left(unit)}
 
 
@@ -642,10 +664,11 @@ def in_seeds(better, worse):
 
 
 def verdict(claim, collected):
-    """A line of the table of claims; None where the question was not asked."""
+    """A line of the table of claims; None where the question was not asked, or not of these rows. Its numbers
+    are of the seeds that all of its rows have."""
     words, published, question, metric, labels, how = claim
     rows = {row['label']: row for row in collected.get(question, ())}
-    if not rows:
+    if not set(labels) <= rows.keys():
         return None
     pairs = list(zip(labels, labels[1:])) if how == CHAIN else [(labels[0], other) for other in labels[1:]]
 
@@ -653,9 +676,11 @@ def verdict(claim, collected):
         return ', '.join(in_seeds(numbers[a], numbers[b]) for a, b in pairs)
 
     found = {label: column(rows[label], metric) for label in labels}
-    cells = [cell(values, DIGITS.get(metric, 3)) for values in found.values()]
-    line = [words, ', '.join(f'{number:.2f}' for number in published) or 'no number', ', '.join(cells),
-            held(found), '-', '-']
+    complete = [values for values in zip(*found.values()) if None not in values]        # a seed each
+    cells = [cell([values[i] for values in complete], DIGITS.get(metric, 3)) for i in range(len(labels))]
+    if type(published) is tuple:
+        published = ', '.join(f'{number:.2f}' for number in published)
+    line = [words, published, ', '.join(cells), held(found), '-', '-']
     if metric == 'frechet':                                                   # large fidelity is good
         line[4] = held({label: [value and -value for value in column(rows[label], 'fidelity')]
                         for label in labels})
@@ -685,27 +710,30 @@ def quotients(above, below):
     return [a / b if a is not None and b else None for a, b in zip(above, below)]
 
 
+def gap(rows, run, M, T, j):
+    """Seed by seed, the unmasked held-out loss of a run of mcdit at noise level j after M masked and T tuning
+    steps, divided by that of the run of maskdit it is like. `rows` as from `by_steps`."""
+    def losses(run):
+        if T:
+            return column(rows[run, M, T], 'after', j) if (run, M, T) in rows else []
+        return [curve[M][j] if M in curve else None for curve in curves_of(rows, run).values()]
+    return quotients(losses(run), losses(LIKE.get(run, 'maskdit')))
+
+
 def puzzle(collected, settings):
     """Lines of markdown: what it costs not to tune, and how far mcdit's unmasked loss is above maskdit's."""
     rows, lines, body = by_steps(collected), [], []
-    for run in model.METHODS:
-        untuned, tuned = (rows.get((run, settings['masked'], T)) for T in (0, settings['short_tune']))
-        if untuned and tuned:
-            body.append([run, *(cell(quotients(column(untuned, name), column(tuned, name)), 2)
-                                for name in ('frechet', 'fidelity')),
-                         *(cell(quotients(column(tuned, 'before', j), column(tuned, 'after', j)), 2)
+    for (run, M, T), row in rows.items():
+        before = rows.get((run, M, 0))
+        if T and before and some(before, 'frechet'):
+            body.append([run, f'{M} + {T}', *(cell(quotients(column(before, name), column(row, name)), 2)
+                                              for name in ('frechet', 'fidelity')),
+                         *(cell(quotients(column(row, 'before', j), column(row, 'after', j)), 2)
                            for j in range(len(SIGMAS)))])
     levels = [f'loss at sigma {sigma:g}' for sigma in SIGMAS]
     if body:
-        lines += ['', '## Without tuning over with short tuning (MC-DiT Table 7: Fréchet 1.05 for mcdit)',
-                  *table(['', 'Fréchet', 'fidelity', *levels], body)]
-
-    curves = {run: curves_of(rows, run) for run in RUNS}
-
-    def losses(run, M, T, j):
-        if T:
-            return column(rows[run, M, T], 'after', j)
-        return [curve[M][j] if M in curve else None for curve in curves[run].values()]
+        lines += ['', '## Without tuning over with tuning (MC-DiT Table 7: Fréchet 1.05 for mcdit)',
+                  *table(['', 'masked + tuning steps', 'Fréchet', 'fidelity', *levels], body)]
 
     keys = {(run, M, T) for run, M, T in rows if RUNS[run][0] == 'mcdit'}
     for every, end in ((settings['eval_every'], settings['masked']),
@@ -714,14 +742,53 @@ def puzzle(collected, settings):
     keys |= {(run, M, 0) for run, M, _ in keys}
     body = []
     for run, M, T in sorted(keys, key=lambda key: (key[2], list(RUNS).index(key[0]), key[1])):
-        if curves['maskdit'] and (not T or ('maskdit', M, T) in rows):
-            body.append([run, f'{M} + {T}'] + [
-                cell(quotients(losses(run, M, T, j), losses('maskdit', M, T, j)), 2)
-                for j in range(len(SIGMAS))])
+        found = [gap(rows, run, M, T, j) for j in range(len(SIGMAS))]
+        if any(value is not None for values in found for value in values):
+            body.append([run, f'{M} + {T}', *(cell(values, 2) for values in found)])
     if body:
-        lines += ['', "## Unmasked held-out loss over maskdit's after as many steps",
+        lines += ['', "## Unmasked held-out loss over maskdit's of as many steps, ratio and bridge alike",
                   *table(['', 'masked + tuning steps', *levels], body)]
     return lines
+
+
+WORDS = {                                                     # runs as README calls them
+    'mcdit': 'as here', 'main branch': 'no EMA branch', 'noisy branch': 'the noisy branch alone',
+    'clean branch': 'the clean branch alone', 'fast branches': f'both branches, of decay {FAST}',
+    'skip': 'skip connection from the noisy image', 'normalised': 'L_noise normalised for each patch',
+    'scale': 'clean patches scaled by c_in', 'zero bridge': 'bridge from zero',
+    'ratio 0.25': 'mask ratio 0.25', 'ratio 0.75': 'mask ratio 0.75',
+    'only clean': 'clean targets alone, no branch', 'all clean': 'all targets clean, no branch',
+    'noisy tokens': 'noisy tokens alone, no branch', 'clean tokens': 'clean tokens alone, no branch',
+    'maskdit': '`maskdit`', 'maskdit zero bridge': '`maskdit`, bridge from zero',
+    'maskdit 0.25': '`maskdit`, mask ratio 0.25', 'maskdit 0.75': '`maskdit`, mask ratio 0.75'}
+SHOWN = [SIGMAS.index(sigma) for sigma in (0.1, 1.0, 3.0, 10.0)]
+
+
+def gap_tables(collected, settings):
+    """README's two tables of the puzzle, lines of markdown: by steps, and by the way of masked training."""
+    rows, levels = by_steps(collected), [f'{SIGMAS[j]:g}' for j in SHOWN]
+    masked, long, short_tune, long_tune = (settings[name] for name in
+                                           ('masked', 'long', 'short_tune', 'long_tune'))
+
+    def gaps(run, M, T):
+        return [cell(gap(rows, run, M, T, j), 2) if RUNS[run][0] == 'mcdit' else '-' for j in SHOWN]
+
+    def distance(run, M, T):
+        return cell(column(rows[run, M, T], 'frechet'), 0) if (run, M, T) in rows else '-'
+
+    lengths = [(M, 0) for M in sorted({settings['eval_every'], masked // 2, masked, 2 * masked, long})]
+    lengths += [(masked, short_tune), (masked, long_tune), (long, long_tune)]
+    loss = f"loss over `maskdit`'s at sigma {levels[0]}"
+    lines = table(['masked + tuning steps', loss, *levels[1:], 'distance of `mcdit`', 'of `maskdit`'], [
+        [f'{M:,}' + f' + {T:,}' * bool(T), *gaps('mcdit', M, T),
+         *(distance(run, M, T) for run in ('mcdit', 'maskdit'))] for M, T in lengths])
+    return lines + table(
+        [f'{masked:,} masked steps', loss, *levels[1:], 'distance, untuned', 'tuned',
+         'collapse: encoder at 0.1', 'at 1', 'clean patches at 1'],
+        [[words, *gaps(run, masked, 0), distance(run, masked, 0), distance(run, masked, short_tune),
+          *(cell(column(rows[run, masked, short_tune], name, SIGMAS.index(sigma)), 2) for name, sigma in
+            (('collapse_encoder', 0.1), ('collapse_encoder', 1.0), ('collapse_patches', 1.0)))]
+         for run, words in WORDS.items() if (run, masked, short_tune) in rows])
 
 
 def write_tables(collected, settings, judge, timing, missing):
@@ -773,6 +840,8 @@ def write_tables(collected, settings, judge, timing, missing):
             [[run, str(M), *(cell(column(row, name, j)) for name in COLLAPSE for j in which)]
              for (run, M), row in shown.items()])
     lines += puzzle(collected, settings)
+    if {'maskdit', 'mcdit'} <= {run for run, *_ in by_steps(collected)}:
+        lines += ['', '## What README shows of the two', *gap_tables(collected, settings)]
     claims = [line for claim in CLAIMS if (line := verdict(claim, collected))]
     if claims:
         lines += ['', '## Claims', '', 'Found are Fréchet distances, where no other number is named. A coin '
@@ -868,6 +937,12 @@ def shortened(value):
     return [shortened(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
+def commits(folders):
+    """{commit: how many of the logs of training in `folders` have a start from it}."""
+    return collections.Counter(commit for folder in folders for commit in
+                               {line['commit'] for line in train.read_log(folder) if 'commit' in line})
+
+
 def report(out, settings, questions, seeds, missing):
     """Write evidence.json, evidence.md and the pictures from what is finished. Returns the tables' lines."""
     judge = result_of(judge_of(out, settings))
@@ -876,9 +951,12 @@ def report(out, settings, questions, seeds, missing):
         raise BadInput(f'nothing to report yet: the judge has no result, see {out}/output/judge.txt')
     collected = shortened(collect(out, settings, questions, seeds))           # tables are of what is written
     lines = write_tables(collected, settings, judge, timing, missing)
+    units = plan(out, settings, questions, seeds)
+    finished = {folder for unit in units for folder in unit['stages'] if result_of(folder)}
     everything = {
         'settings': settings | {'sigma': SIGMAS, 'head of sddit': [NARROW, PROTOTYPES]}, 'seeds': seeds,
-        'commit': train.git_commit(), 'torch': torch.__version__, 'judge': judge,
+        'commit': train.git_commit(), 'commits of the runs': commits(finished), 'torch': torch.__version__,
+        'judge': judge,
         'core-seconds a masked step': timing,
         'runs': {name: dict(zip(('method', 'flags', 'reading'), run)) for name, run in RUNS.items()},
         'questions': collected,
@@ -897,7 +975,7 @@ def parse(argv):
     flag('--seeds', type=int, nargs='+', help='(default: 0 1 2)')
     flag('--only', nargs='+', choices=QUESTIONS, metavar='QUESTION', help=', '.join(QUESTIONS))
     flag('--jobs', type=int, help='child processes at a time (2, of one thread each)')
-    flag('--hours', type=float, default=math.inf, help='after which nothing new is started')
+    flag('--hours', type=float, default=math.inf, help='after which it stops and reports what there is')
     size = parser.add_mutually_exclusive_group().add_argument
     size('--gpu', action='store_true', help='a larger size, on one GPU')
     size('--quick', action='store_true', help='a few steps of a tiny network')
@@ -905,7 +983,7 @@ def parse(argv):
 
 
 def main(argv=None):
-    args = parse(argv)
+    begun, args = time.time(), parse(argv)
     name = 'gpu' if args.gpu else 'quick' if args.quick else 'laptop'
     settings, out = SETTINGS[name], pathlib.Path(args.out)
     if args.gpu and not torch.cuda.is_available():
@@ -926,7 +1004,7 @@ def main(argv=None):
         hours = estimate(settings, units) / 3600
         print(f'about {hours:.1f} core-hours to go, {hours / jobs:.1f} hours where {jobs} cores are free')
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    missing = carry_out(out, name, units, jobs, time.time() + 3600 * args.hours)
+    missing = carry_out(out, name, units, jobs, begun + 3600 * args.hours)
     print('\n'.join(report(out, settings, questions, seeds, missing)))
     print(f'\nevery number in {out}/evidence.json, the tables in {out}/evidence.md')
     return int(bool(missing))
