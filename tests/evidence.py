@@ -905,19 +905,19 @@ def draw_samples(path, collected):
     pen = ImageDraw.Draw(sheet)
     for start, name, title in ((left, 'fidelity', 'share that the judge takes for their class'),
                                (left + wide + gap, 'frechet', 'Frechet distance, judge features')):
-        high = 1.02 * max(value for _, row in rows for value in column(row, name) if value is not None) + 1e-9
+        spots = [[value for value in column(row, name) if value is not None] for _, row in rows]
+        spans = [(mean, deviation or 0) for mean, deviation, _ in map(summary, spots)]
+        high = 1.02 * max(max(*values, sum(span)) for values, span in zip(spots, spans)) + 1e-9
         pen.text((start, 16), title, 'black', font)
         for value in mutual_info.ticks(0, high, False):
             u = start + wide * value / high
             pen.line([u, 80, u, sheet.height - 20], (225, 225, 225), 2)
             pen.text((u, 62), f'{value:g}', 'black', font, anchor='mm')
         for i, (question, row) in enumerate(rows):
-            y, values = 96 + line * i, [value for value in column(row, name) if value is not None]
-            colour = PALETTE[list(collected).index(question)]
-            mean, deviation, _ = summary(values)
-            pen.line([start + wide * (mean + sign * (deviation or 0)) / high if axis == 0 else y
+            y, colour, (mean, deviation) = 96 + line * i, PALETTE[list(collected).index(question)], spans[i]
+            pen.line([start + wide * (mean + sign * deviation) / high if axis == 0 else y
                       for sign in (-1, 1) for axis in (0, 1)], colour, 4)
-            for u in (start + wide * value / high for value in values):
+            for u in (start + wide * value / high for value in spots[i]):
                 pen.ellipse([u - 6, y - 6, u + 6, y + 6], outline=colour, width=3)
             if name == 'fidelity':
                 pen.text((left - 20, y), f'{question}: {row["label"]}', colour, font, anchor='rm')

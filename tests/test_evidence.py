@@ -322,6 +322,8 @@ def test_the_readme_has_the_claims_of_the_committed_run():
     for claim in evidence.CLAIMS:
         line = '| ' + ' | '.join(evidence.verdict(claim, committed['questions'])) + ' |'
         assert line in readme, line
+    for line in evidence.gap_tables(committed['questions'], evidence.SETTINGS['laptop']):
+        assert line in readme, line
 
 
 def test_judge_features_decide():
