@@ -195,7 +195,7 @@ def batch_indices(seed, step, batch, n):
 
 # --------------------------------------------------------------------------------------- writing a folder
 
-def save_folder(out, rows, dtype, shape, meta, seed, count=0):
+def save_folder(out, rows, dtype, shape, meta, count=0):
     """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
 
     The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of
@@ -228,7 +228,7 @@ def save_folder(out, rows, dtype, shape, meta, seed, count=0):
             os.fsync(file.fileno())
             stored = np.load(partial / 'data.npy', mmap_mode='r')
             sums = sum(channel_sums(stored[at:at + 100], meta) for at in range(0, len(stored), 100))
-            meta = describe(partial, labels, sums, meta, seed)
+            meta = describe(partial, labels, sums, meta)
             try:
                 os.rename(partial, out)
             except OSError:
@@ -249,7 +249,7 @@ def npy_header(dtype, shape):
     return header.getvalue()
 
 
-def describe(folder, labels, sums, meta, seed):
+def describe(folder, labels, sums, meta):
     """Write what stands beside data.npy: labels, preview.png and, last, meta.json, which is returned.
 
     meta gains "count" and, from the `channel_sums` of all rows, the "mean" and "std" of each channel. The
@@ -262,7 +262,7 @@ def describe(folder, labels, sums, meta, seed):
     with np.errstate(invalid='ignore'):                                       # rows may be infinite
         std = np.sqrt(np.maximum(square - mean ** 2, 0))
     meta = meta | {'count': len(labels), 'mean': mean.tolist(), 'std': std.tolist()}
-    some = np.sort(np.random.default_rng(seed).permutation(len(labels))[:50])
+    some = np.sort(np.random.default_rng(0).permutation(len(labels))[:50])
     names = meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
     images = array[some]
     if array.dtype != np.uint8:
@@ -315,11 +315,11 @@ def check_room(out, needed):
                        f'room, or choose another place')
 
 
-def cannot_write(out, error, needed=0, kept=''):
+def cannot_write(out, error, needed, kept=''):
     """The sentence for an OSError; of a full disk it tells how many bytes were needed."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and needed
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return BadInput(f'cannot write the data folder {out}: {error.strerror or error}'
-                    + f'; {needed / 1e6:,.1f} MB were needed' * bool(full) + kept)
+                    + f'; {needed / 1e6:,.1f} MB were needed' * full + kept)
 
 
 def to_uint8(x):
@@ -417,7 +417,7 @@ def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
 
     meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES),
             'source': f'shapes, seed {seed}'}
-    return save_folder(out, rows(), 'uint8', (3, size, size), meta, seed, count)
+    return save_folder(out, rows(), 'uint8', (3, size, size), meta, count)
 
 
 def default_data():
@@ -936,7 +936,7 @@ def from_first(make, rank, world):
     return made[0]
 
 
-def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), remarks=(), seed=0):
+def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), remarks=()):
     """Write the data folder `out` from pictures, by all processes together, restartable.
 
     found        [(name, label)], shuffled here, so that the held-out end is a fair sample
@@ -953,7 +953,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
     shape, dtype = ((8, side, side), 'float16') if encode else ((3, size, size), 'uint8')
     row = math.prod(shape) * np.dtype(dtype).itemsize
     batch = max(1, min(BATCH[device.type], BATCH[device.type] * 256 ** 2 // size ** 2))
-    order = np.random.default_rng(seed).permutation(len(found))
+    order = np.random.default_rng(0).permutation(len(found))
     chunks = [[found[i] for i in order[at:at + CHUNK]] for at in range(0, len(found), CHUNK)]
     listing = hashlib.sha256(os.fsencode('\0'.join(f'{name}\0{label}' for name, label in found)))
     plan = {'source': meta['source'], 'pictures': len(found), 'listing': listing.hexdigest(),
@@ -979,7 +979,7 @@ def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), 
             return
         rate = count / (time.perf_counter() - clock)
         try:
-            meta, done = gather(partial, len(chunks), dtype, shape, meta, passed_over, seed)
+            meta, done = gather(partial, len(chunks), dtype, shape, meta, passed_over)
             os.rename(partial, out)
             shutil.rmtree(out / 'chunks')
         except OSError as error:
@@ -1052,7 +1052,7 @@ def work(folder, chunks, read, encode, batch, shape, dtype, meta, workers, bar):
         pool.shutdown(cancel_futures=True)
 
 
-def gather(partial, count, dtype, shape, meta, skipped, seed):
+def gather(partial, count, dtype, shape, meta, skipped):
     """Move the rows of all chunks into data.npy and describe it: (meta, what was done to how many)."""
     parts = [partial / 'chunks' / f'{k:06d}.chunk' for k in range(count)]
     labels, skipped, done, spans, sums = [], list(skipped), collections.Counter(), [], 0
@@ -1092,7 +1092,7 @@ def gather(partial, count, dtype, shape, meta, skipped, seed):
                     whole.flush()
                     os.fsync(whole.fileno())
                     file.truncate(begin)
-    return describe(partial, labels, sums, meta | {'skipped': len(skipped)}, seed), done
+    return describe(partial, labels, sums, meta | {'skipped': len(skipped)}), done
 
 
 def already_there(out):
@@ -1299,7 +1299,7 @@ def read_cifar_batch(name, content):
     return np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32), labels
 
 
-def make_cifar(source, out, seed=0):
+def make_cifar(source, out):
     """The 50,000 training pictures of CIFAR-10, 32 x 32, shuffled. Raises BadInput."""
     batches = cifar_batches(source)
     version = '.bin' * any(name.endswith('.bin') for name in batches)
@@ -1307,10 +1307,10 @@ def make_cifar(source, out, seed=0):
     if missing := [name for name in names if name not in batches]:
         raise BadInput(f'{source} has no {", ".join(missing)}: it is not CIFAR-10, or cut short')
     pictures, labels = map(np.concatenate, zip(*(read_cifar_batch(name, batches[name]) for name in names)))
-    order = np.random.default_rng(seed).permutation(len(labels))
+    order = np.random.default_rng(0).permutation(len(labels))
     rows = ((pictures[i], int(labels[i])) for i in order)
     meta = {'kind': 'images', 'classes': 10, 'class_names': CIFAR_CLASSES, 'source': 'CIFAR-10, training set'}
-    tell(out, save_folder(out, rows, 'uint8', (3, 32, 32), meta, seed, len(order)), '32 x 32')
+    tell(out, save_folder(out, rows, 'uint8', (3, 32, 32), meta, len(order)), '32 x 32')
 
 
 MAX_BYTES = 2 ** 27                           # of a picture in a zip file
@@ -1509,7 +1509,7 @@ def find_layout(look, layout):
     return 'mean-std', f'channels 4 to 7 of {len(look)} rows are never below 0, as log-variances would be'
 
 
-def make_import(source, out, layout, scale, workers, seed=0):
+def make_import(source, out, layout, scale, workers):
     """Copy what another repository has prepared; see the docstring of this file. Raises BadInput."""
     def pictures_take_no_flags():
         if layout or scale is not None:
@@ -1529,7 +1529,7 @@ def make_import(source, out, layout, scale, workers, seed=0):
     what, count, row, labels = open_arrays(source, names, archive)
     if count < 2:
         raise BadInput(f'{source} holds 1 row: at least 2 are needed, one to train on and one held out')
-    order = np.random.default_rng(seed).permutation(count)
+    order = np.random.default_rng(0).permutation(count)
     first = row(order[0])
     shape = first.shape[first.ndim == 4:]                                     # fast-DiT's are (1, C, h, w)
     if len(shape) != 3 or shape[1] != shape[2]:
@@ -1575,7 +1575,7 @@ def make_import(source, out, layout, scale, workers, seed=0):
     meta = {'kind': kind, 'classes': classes, 'source': f'import of {what}, {layout}'}
     if kind != 'images':
         meta['scale'] = LATENT_SCALE if scale is None else scale
-    meta = save_folder(out, rows(), dtype, shape, meta, seed, count)
+    meta = save_folder(out, rows(), dtype, shape, meta, count)
     tell(out, meta, ' x '.join(map(str, shape)))
     std = np.mean(meta['std'])
     if kind != 'images' and not 0.3 < std < 2.5:

@@ -34,6 +34,7 @@ Letters: n images    C, H, W channels, height, width    d = --dims    N tokens  
 import argparse
 import contextlib
 import csv
+import io
 import itertools
 import json
 import math
@@ -194,6 +195,10 @@ def look(net, cfg, x0, xt, sigma, y, seen=None):
     return torch.cat(made)
 
 
+def title(cfg):
+    return f'{cfg["method"]} {cfg["model"]}' + ', tuned' * (cfg['stage'] == 'tune')
+
+
 def open_networks(paths, dataset):
     """[(name, path, net, cfg)] of checkpoints that fit the data. Raises BadInput."""
     device, networks = torch.device('cuda' if torch.cuda.is_available() else 'cpu'), []
@@ -207,7 +212,7 @@ def open_networks(paths, dataset):
             raise BadInput(f'{path} knows {cfg["classes"]} classes, and {dataset.path} has {dataset.classes}')
         if hasattr(net, 'head'):
             del net.head                                                      # SD-DiT's loss alone uses it
-        name = f'{cfg["method"]} {cfg["model"]}' + ', tuned' * (cfg['stage'] == 'tune')
+        name = title(cfg)
         if any(name == other for other, *_ in networks):
             name += f', {path}'
         networks.append((name, path, net, cfg))
@@ -263,8 +268,9 @@ def summarise(found, calibrated):
 def write_csv(path, found, table, calibration, settings, networks):
     """Every number with every setting, a line a mask; before them the calibration."""
     paths = {name + way: path for name, path, *_ in networks for way in (MASKED, INFERENCE)}
-    with open(path, 'w', newline='') as file:
-        lines = csv.writer(file)
+    with data.whole_file(path) as file:
+        text = io.TextIOWrapper(file, 'utf-8', newline='', write_through=True)
+        lines = csv.writer(text)
         lines.writerow(['row', 'checkpoint', 'sigma', 'seed', 'mask', 'true', 'ksg', 'gaussian', 'mean',
                         'deviation', 'off', *settings])
         for true, mean, deviation in zip(TRUE, *calibration):
@@ -275,6 +281,7 @@ def write_csv(path, found, table, calibration, settings, networks):
                 for seed, mask, value, linear in found[row, sigma]:
                     lines.writerow([row, paths.get(row), sigma, seed, mask, '', value, linear, mean,
                                     deviation, far, *settings.values()])
+        text.detach()                                                         # whole_file closes it
 
 
 # -------------------------------------------------------------------------------------------- Proposition 2
@@ -423,7 +430,7 @@ def attended(net, cfg, xt, sigma, y):
     hook = net.blocks[-1].qkv.register_forward_hook(lambda layer, inputs, qkv: seen.append(qkv))
     model.denoise(net, xt, torch.full((len(xt),), sigma, device=xt.device), y, cfg)
     hook.remove()
-    maps = attention(net.blocks[-1], seen[0], getattr(net, 'relative', None)).mean((1, 2))   # (B, N)
+    maps = attention(net.blocks[-1], seen[0], net.relative).mean((1, 2))      # (B, N)
     return maps[:, -net.grid ** 2:].unflatten(1, (net.grid, net.grid))        # SD-DiT's [CLS] comes first
 
 
@@ -464,7 +471,7 @@ def read_losses(folder):
             with contextlib.suppress(json.JSONDecodeError):                   # a kill cut the last line short
                 lines.append(json.loads(text))
         cfg = lines[0]['config']
-        name = f'{cfg["method"]} {cfg["model"]}' + ', tuned' * (cfg['stage'] == 'tune')
+        name = title(cfg)
         trained = [(at['step'], [at[part]]) for at in lines for part in ON_CLEAN if part in at]
         held_out = [(at['step'], at['held_out']) for at in lines if 'held_out' in at]
         trained, held_out = ([(int(step), float(np.mean(losses))) for step, losses in some

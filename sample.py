@@ -402,6 +402,9 @@ def main(argv=None):
     finite = (args.S_churn, args.S_min, args.S_noise)
     if not all(0 <= value < math.inf for value in finite) or not args.S_max >= 0:
         raise BadInput('--S-churn, --S-min, --S-max and --S-noise must be at least 0')
+    if not args.S_churn and (args.S_min, args.S_max, args.S_noise) != (0, math.inf, 1):
+        raise BadInput('--S-min, --S-max and --S-noise shape the noise of --S-churn, and that is 0: type its '
+                       'amount, or leave them out')
     if args.png and args.latents:
         raise BadInput('--png holds pictures, and --latents makes none: --npz takes them as they are')
     vae, decoder = find_vae(args, cfg, device)

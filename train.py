@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256     # XL/2 on 4 GPUs
     torchrun --nproc_per_node 4 train.py --model XL/2 --data imagenet256 --method maskdit --out out-maskdit
 
-Several nodes: the same, with torchrun's --nnodes and --rdzv_endpoint, and with --out and --data on a disk
-that all nodes see. Without GPUs it trains on the CPU.
+Several nodes: the same on each, with torchrun's --nnodes, --rdzv_backend c10d and --rdzv_endpoint HOST:PORT,
+and with --out and --data on a disk that all nodes see. Without GPUs it trains on the CPU.
 
 Writes, all in --out:
     0010000.pt             `model`, `ema`, `teacher`, `opt`, `loss_scale`, `step`, `config`; two are kept
@@ -14,8 +14,8 @@ Writes, all in --out:
 Run the same command again to resume: all randomness is a function of (seed, step, purpose), and no
 generator's state is stored. SIGTERM or Ctrl-C finishes the step, writes a checkpoint and exits with 128 + the
 signal's number; another one, a second later or more, exits at once. torchrun itself answers 1, and leaves its
-processes 30 seconds (--shutdown-timeout): give it as long as a checkpoint takes to write. With torchrun's
---max-restarts a process that dies costs the steps since the last checkpoint.
+processes 30 seconds (newer ones: --shutdown-timeout): give it as long as a checkpoint takes to write. On one
+node, with torchrun's --max-restarts, a process that dies costs the steps since the last checkpoint.
 """
 
 import argparse
@@ -158,17 +158,13 @@ def size_of(state):
 
 def save(path, state):
     """Write a file complete or not at all: under another name, flushed, then renamed. Raises BadInput."""
-    folder, temporary = pathlib.Path(path).parent, f'{path}.tmp{os.getpid()}'
-    need, free = size_of(state), 0
+    folder, need, free = pathlib.Path(path).parent, size_of(state), 0
     try:
         free = shutil.disk_usage(folder).free
         if need > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with open(temporary, 'wb') as file:
+        with data.whole_file(path) as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
         entry = os.open(folder, os.O_RDONLY)
         os.fsync(entry)                                                       # the name outlives a power cut
         os.close(entry)
@@ -179,8 +175,6 @@ def save(path, state):
         raise BadInput(f'cannot write {path}: {error.strerror} ({need / 1e6:,.1f} MB are '
                        f'needed and {free / 1e6:,.1f} MB were free); make room, what was written before is '
                        f'whole') from None
-    finally:
-        pathlib.Path(temporary).unlink(missing_ok=True)
 
 
 def checkpoints(out):
@@ -216,6 +210,20 @@ def newest_checkpoint(out, cfg):
     if found:
         raise BadInput(f'none of the {len(found)} checkpoints in {out} is whole: remove them to start anew')
     return None, None
+
+
+def of_this_run(theirs, cfg):
+    """Whether the configuration in an export, or in the header of a log, is this run's as far as it goes."""
+    return isinstance(theirs, dict) and all(
+        theirs[name] == cfg[name] for name in theirs.keys() & cfg.keys() - {'steps', *MAY_DIFFER})
+
+
+def exported(file, cfg):
+    """Whether this run has exported `file`, which it then may write anew."""
+    try:
+        return of_this_run(model.read_checkpoint(file)['config'], cfg)
+    except BadInput:
+        return False
 
 
 # ------------------------------------------------------------------------------------------- now and then
@@ -300,18 +308,21 @@ def where_am_i(minutes):
         device = torch.device('cuda', local)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        store = None
-        if env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':    # keeps the addresses of processes that died:
-            store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False)
-            store = dist.PrefixStore(f'try {env["TORCHELASTIC_RESTART_COUNT"]}', store)  # so a new page a try
+        store, wait = None, datetime.timedelta(minutes=minutes)
+        if env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            # torchrun's store outlives the processes and keeps the addresses of dead ones: a prefix a try
+            store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False, timeout=wait)
+            store = dist.PrefixStore(f'try {env["TORCHELASTIC_RESTART_COUNT"]}', store)
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank,
-                                world_size=world, timeout=datetime.timedelta(minutes=minutes))
+                                world_size=world, timeout=wait)
     return rank, world, device
 
 
 def can_compile(device):
-    """Whether the compiler, whose kernels are Triton's, knows the device: a GPU from Volta on."""
-    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0)
+    """Whether the compiler, whose kernels are Triton's, knows the device, a GPU from Volta on, and has a C
+    compiler to call."""
+    c_compiler = os.environ.get('CC') or shutil.which('gcc') or shutil.which('clang')
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (7, 0) and bool(c_compiler)
 
 
 def git_commit():
@@ -348,8 +359,8 @@ def alone_in(out):
         os.close(folder)
 
 
-SAME_SIGNAL = 1.0                             # seconds: schedulers signal torchrun and its processes, to
-                                              # which torchrun passes on its own, so they get two for one
+SAME_SIGNAL = 1.0                             # seconds: a scheduler signals torchrun and its processes, and
+                                              # torchrun passes its own on to them, so they get two for one
 
 
 @contextlib.contextmanager
@@ -382,7 +393,7 @@ def heed_signals(world, minutes):
 def read_log(out):
     """The lines of `out`/log.jsonl as dictionaries; a last line that a kill cut short is left out."""
     lines, path = [], out / 'log.jsonl'
-    for text in path.read_text('utf-8', errors='replace').splitlines() if path.exists() else ():
+    for text in path.read_text('utf-8', errors='replace').splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and isinstance(line.get('step', 0), int):
@@ -443,7 +454,7 @@ def update(net, ema, teacher, optimizer, loss_scale, step, cfg):
     `loss_scale` (2,), float16's factor of the loss and how many steps it has gone well; nothing waits for
     the device to know.
     """
-    scale = 1.0 if loss_scale is None else loss_scale[0].clone()
+    scale = 1.0 if loss_scale is None else loss_scale[0]
     grads = [p.grad for p in optimizer.param_groups[0]['params']]
     grad_norm = torch.nn.utils.get_total_norm(grads) / scale
     ok = grad_norm.isfinite()
@@ -496,8 +507,8 @@ def train(args, cfg, dataset, start=None):
     `start` (model weights, EMA weights) replaces the initialisation where args.out has no checkpoint yet.
     Returns the path of the last checkpoint. Raises BadInput.
     """
+    check(args, cfg, int(os.environ.get('WORLD_SIZE', 1)))                    # --timeout too: before its use
     rank, world, device = where_am_i(args.timeout)
-    check(args, cfg, world)
     out = pathlib.Path(args.out)
     try:
         if args.export:
@@ -516,8 +527,12 @@ def train(args, cfg, dataset, start=None):
                     if re.fullmatch(r'(\d{7,}\.pt|samples-\d{7,}\.png|log\.jsonl)\.tmp\d*', stale.name):
                         stale.unlink()
                 path, state = newest_checkpoint(out, cfg)
-                if args.export and not path and os.path.exists(args.export):  # a resumed run may write anew
+                if args.export and os.path.exists(args.export) and not (path and exported(args.export, cfg)):
                     raise BadInput(f'{args.export} exists already: remove it, or choose another --export')
+                header = [] if path else read_log(out)[:1]
+                if header and not of_this_run(header[0].get('config'), cfg):
+                    raise BadInput(f'{out}/log.jsonl is of another run, whose checkpoints are gone: choose '
+                                   f'another --out, or move the log away')
             except BadInput as error:
                 mistake = error
         mistake = agree(mistake, world, device)
@@ -572,6 +587,9 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             why = str(error).strip().splitlines()[-1:]
             raise BadInput(f'{path} does not fit its own configuration ({type(error).__name__}: '
                            f'{"".join(why).strip()[:200]}): remove it to go on from the one before') from None
+        if device.type == 'cpu':                     # AdamW would keep these, and with them the file mapped
+            for entry in optimizer.state.values():
+                entry.update({name: value.clone() for name, value in entry.items()})
         moments = None
         state.clear()                                # a file still mapped takes room on the disk when removed
     net.checkpoint_blocks = args.checkpoint_blocks
@@ -640,7 +658,7 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             if args.preview:
                 try:
                     preview(ema, cfg, out / f'samples-{step:07d}.png', args.preview, precision)
-                except (OSError, data.BadInput) as error:                     # no picture is worth a run
+                except (OSError, data.BadInput, torch.OutOfMemoryError) as error:      # not worth a run
                     tqdm.write(f'no picture at step {step}: {error}')
 
     def checkpoint(step):
@@ -716,9 +734,9 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
         step += 1                                                             # from here: steps done
         done, stop = step == args.steps, stopped_by()
         if step % args.log_every == 0 or done or stop:
-            table = torch.stack(history)                                      # the only wait for the device
+            table = torch.stack(history)
             good = table[:, -1].isfinite()
-            means = table[good].mean(0)
+            means = table[good].mean(0)                                       # the only wait for the device
             if world > 1:
                 dist.all_reduce(means)
             speed = len(history) * args.batch / (time.perf_counter() - clock)

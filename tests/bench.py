@@ -167,7 +167,7 @@ def fetch(cfg):
     n, shape = 2048, (2 * cfg['channels'], cfg['resolution'], cfg['resolution'])
     with tempfile.TemporaryDirectory() as folder:
         rows = ((rng.standard_normal(shape, np.float32), 0) for _ in range(n))
-        data.save_folder(f'{folder}/m', rows, 'float16', shape, {'kind': 'moments', 'classes': 1000}, 0)
+        data.save_folder(f'{folder}/m', rows, 'float16', shape, {'kind': 'moments', 'classes': 1000})
         dataset = data.Data(f'{folder}/m')
         took = []
         for step in range(20):

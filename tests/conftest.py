@@ -133,6 +133,6 @@ def moments(tmp_path_factory):
     rng = np.random.default_rng(0)
     rows = ((rng.standard_normal((8, 8, 8)) * 3, int(rng.integers(3))) for _ in range(60))
     data.save_folder(
-        folder, rows, 'float16', (8, 8, 8), {'kind': 'moments', 'classes': 3, 'scale': 0.18215}, 0
+        folder, rows, 'float16', (8, 8, 8), {'kind': 'moments', 'classes': 3, 'scale': 0.18215}
     )
     return folder

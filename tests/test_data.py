@@ -191,7 +191,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         raise OSError(28, 'No space left on device')
 
     with pytest.raises(data.BadInput, match='No space left'):
-        data.save_folder(tmp_path / 'd', rows(), 'uint8', (3, 8, 8), {}, 0)
+        data.save_folder(tmp_path / 'd', rows(), 'uint8', (3, 8, 8), {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -202,11 +202,11 @@ def test_a_living_writer_is_left_alone(tmp_path):
         for k in range(4):
             yield np.zeros((3, 64, 64)), int(inner)
             if k == 2 and not inner:
-                data.save_folder(tmp_path / 'd', rows(True), 'uint8', (3, 64, 64), meta, 0)
+                data.save_folder(tmp_path / 'd', rows(True), 'uint8', (3, 64, 64), meta)
                 assert len(list(tmp_path.iterdir())) == 2
 
     meta = {'kind': 'images', 'classes': 2}
-    data.save_folder(tmp_path / 'd', rows(False), 'uint8', (3, 64, 64), meta, 0)
+    data.save_folder(tmp_path / 'd', rows(False), 'uint8', (3, 64, 64), meta)
     assert [path.name for path in tmp_path.iterdir()] == ['d']
     assert data.Data(tmp_path / 'd').labels.tolist() == [1] * 4
 

@@ -111,7 +111,7 @@ def make_base(folder):
         rng = np.random.default_rng(0)
         for kind, shape, dtype in (('moments', (8, 8, 8), 'float16'), ('latents', (4, 8, 8), 'float32')):
             rows = ((rng.standard_normal(shape), i % 3) for i in range(60))
-            data.save_folder(kind, rows, dtype, shape, {'kind': kind, 'classes': 3, 'scale': 0.2}, 0)
+            data.save_folder(kind, rows, dtype, shape, {'kind': kind, 'classes': 3, 'scale': 0.2})
         for method, source in (('mcdit', 'images'), ('mdt', 'moments')):
             train.main([*TINY, '--method', method, '--data', source, '--out', method, '--steps', '1'])
         train.main([*TINY, '--method', 'maskdit', '--data', 'images', '--out', 'maskdit', '--steps', '1',

@@ -1,6 +1,8 @@
 """mutual_info.py: estimators against closed forms and brute force, Proposition 2, the rows, refusals."""
 
 import csv
+import errno
+import io
 import json
 import math
 import runpy
@@ -192,7 +194,7 @@ def test_order_of_proposition_2_on_shapes(pictures):
 def test_second_copies_are_left_out(shapes, tmp_path):
     original = data.open_data(shapes)
     twice = ((row, 0) for row in [*original.array[:120], *original.array[:30]])
-    data.save_folder(tmp_path / 'twice', twice, 'uint8', (3, 8, 8), {'kind': 'images', 'classes': 0}, 0)
+    data.save_folder(tmp_path / 'twice', twice, 'uint8', (3, 8, 8), {'kind': 'images', 'classes': 0})
     dataset = data.open_data(tmp_path / 'twice')
     rows = mutual_info.choose(dataset, 150, 0)
     assert len(rows) == 120 == len({row.tobytes() for row in dataset.array[rows]})
@@ -487,7 +489,7 @@ def place(checkpoint, shapes, tmp_path, monkeypatch):
     grey = np.broadcast_to(noise[:, :1, :1, :1], noise.shape)
     for name, array in (('same', np.ones_like(noise)), ('grey', grey), ('broken', broken)):
         meta = {'kind': 'latents', 'classes': 0}
-        data.save_folder(name, zip(array, [0] * 200), 'float32', (3, 8, 8), meta, 0)
+        data.save_folder(name, zip(array, [0] * 200), 'float32', (3, 8, 8), meta)
     log(tmp_path / 'run', [1.0], [[1.0]])
     log(tmp_path / 'young', [], [])
     (tmp_path / 'odd').mkdir()
@@ -551,3 +553,24 @@ def test_refusals_exit_with_2_and_write_nothing(argv, words, place, monkeypatch,
     assert stop.value.code == 2 and words in error and 'Traceback' not in error
     assert sorted(place.rglob('*')) == before
     assert [(place / name).read_text() for name in ('there.csv', 'there.png')] == ['precious'] * 2
+
+
+def test_a_full_disk_leaves_no_half_of_a_table(tmp_path, monkeypatch):
+    class Full(io.TextIOWrapper):
+        def write(self, text):
+            if self.tell() > 60:
+                raise OSError(errno.ENOSPC, 'No space left on device')
+            return super().write(text)
+
+    def write():
+        found = {('noisy images', 1.0): [(0, 0, 0.5, 0.4), (0, 1, 0.7, 0.6)]}
+        mutual_info.write_csv(tmp_path / 'a.csv', found, mutual_info.summarise(found, mutual_info.TRUE),
+                              [mutual_info.TRUE] * 2,
+                              {'dims': 2}, [])
+    with monkeypatch.context() as patch:
+        patch.setattr(io, 'TextIOWrapper', Full)
+        with pytest.raises(OSError, match='No space'):
+            write()
+    assert not list(tmp_path.iterdir())
+    write()
+    assert (tmp_path / 'a.csv').read_text().splitlines()[-1].startswith('noisy images,,1.0,0,1,,0.7,0.6,0.6,')

@@ -707,7 +707,7 @@ def test_statistics_of_the_channels(kind, tmp_path):
         logvar = np.broadcast_to(2 * np.log(0.8 * std / 0.25)[:, None, None], x.shape)
         x = np.concatenate([x / 0.25, logvar], 1)
     meta = {'kind': kind, 'classes': 0, 'scale': 0.25}
-    meta = data.save_folder(tmp_path / 'made', ((row, 0) for row in x), dtype, x.shape[1:], meta, 0)
+    meta = data.save_folder(tmp_path / 'made', ((row, 0) for row in x), dtype, x.shape[1:], meta)
     assert np.allclose(meta['mean'], mean, atol=tolerance) and np.allclose(meta['std'], std, atol=tolerance)
     if kind == 'images':  # and exactly, whatever the rounding to 256 levels did
         assert np.allclose(meta['mean'], (x / 127.5 - 1).mean((0, 2, 3)), atol=1e-12)

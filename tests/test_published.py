@@ -281,7 +281,7 @@ def flowers(tmp_path):
     """A data folder of latents, 4 x 32 x 32, of 5 classes."""
     rng = np.random.default_rng(0)
     rows = ((rng.standard_normal((4, 32, 32)), k % 5) for k in range(10))
-    data.save_folder(tmp_path / 'flowers', rows, 'float32', (4, 32, 32), {'kind': 'latents', 'classes': 5}, 0)
+    data.save_folder(tmp_path / 'flowers', rows, 'float32', (4, 32, 32), {'kind': 'latents', 'classes': 5})
     return tmp_path / 'flowers'
 
 

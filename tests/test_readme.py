@@ -55,7 +55,7 @@ def desk(tmp_path_factory):
     ):
         rows = ((rng.standard_normal((channels, size, size)), int(rng.integers(classes))) for _ in range(8))
         data.save_folder(
-            desk / name, rows, 'float16', (channels, size, size), {'kind': kind, 'classes': classes}, 0
+            desk / name, rows, 'float16', (channels, size, size), {'kind': kind, 'classes': classes}
         )
     data.make_shapes(desk / 'shapes', size=8, count=60)
     (desk / 'pictures' / 'one').mkdir(parents=True)

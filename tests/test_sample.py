@@ -587,6 +587,8 @@ def test_several_machines_are_refused(checkpoint, monkeypatch):
         (['x.pt', '--inpaint', 'file', '--mask', 'mask.png'], 'cannot be read'),
         (['x.pt', '--inpaint', 'photo.png', '--mask', 'mask.png', '--S-churn', '1'], 'leave one out'),
         (['x.pt', '--S-noise', 'nan'], 'at least 0'),
+        (['x.pt', '--S-noise', '1.003'], 'shape the noise of --S-churn, and that is 0'),
+        (['x.pt', '--S-min', '0.05', '--S-max', '50'], 'shape the noise of --S-churn, and that is 0'),
         (['x.pt', '--out', 'x.pt'], 'ends in .png'),
         (['x.pt', '--out', 'full.png'], 'ends in .png'),
         (['x.pt', '--inpaint', 'photo.png', '--mask', 'black.png'], 'all black'),

@@ -107,7 +107,7 @@ def test_stopped_after_any_step(moments, tmp_path, monkeypatch, stop):
 
 
 def test_a_resumed_run_lets_go_of_its_checkpoint(shapes, tmp_path, monkeypatch):
-    """Still mapped, the file would keep its room on the disk when it is removed; a CPU's AdamW holds it."""
+    """Still mapped, the file would keep its room on the disk when it is removed."""
     run(shapes, tmp_path, '--steps', '1')
     tensors, held, newest = [], [], train.newest_checkpoint
 
@@ -115,6 +115,8 @@ def test_a_resumed_run_lets_go_of_its_checkpoint(shapes, tmp_path, monkeypatch):
         path, state = newest(*args)
         for name in ('model', 'ema', 'teacher'):
             tensors.extend(map(weakref.ref, state[name].values()))
+        for moments in state['opt']['state'].values():
+            tensors.extend(map(weakref.ref, moments.values()))
         return path, state
     monkeypatch.setattr(train, 'newest_checkpoint', remember)
     at_steps(monkeypatch, {1: lambda: held.append(sum(tensor() is not None for tensor in tensors))})
@@ -556,7 +558,7 @@ def poisoned(folder, count, bad):
     rows = rng.standard_normal((count, 4, 8, 8)).astype(np.float32)
     rows[bad, 2, 3, 4] = np.nan
     meta = {'kind': 'latents', 'classes': 3}
-    data.save_folder(folder, zip(rows, rng.integers(3, size=count).tolist()), 'float32', (4, 8, 8), meta, 0)
+    data.save_folder(folder, zip(rows, rng.integers(3, size=count).tolist()), 'float32', (4, 8, 8), meta)
     return folder
 
 

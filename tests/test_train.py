@@ -294,6 +294,32 @@ def test_an_export_overwrites_nothing_but_its_own(shapes, tmp_path):
     export.unlink()
     for _ in range(2):                                                        # the same command again
         run(shapes, tmp_path / 'out', '--steps', '1', '--export', str(export))
+    content = export.read_bytes()
+    for again in ((), ('--export', str(export))):                             # another run, then finished
+        if again:
+            with pytest.raises(model.BadInput, match='ema.pt exists already'):
+                run(shapes, tmp_path / 'other', '--steps', '1', '--seed', '1', *again)
+        else:
+            run(shapes, tmp_path / 'other', '--steps', '1', '--seed', '1')
+    assert export.read_bytes() == content
+
+
+def test_the_log_of_another_run_is_kept(shapes, tmp_path):
+    run(shapes, tmp_path, '--steps', '1').unlink()
+    log = (tmp_path / 'log.jsonl').read_text()
+    with pytest.raises(model.BadInput, match='log.jsonl is of another run'):
+        run(shapes, tmp_path, '--steps', '1', '--seed', '1')
+    assert (tmp_path / 'log.jsonl').read_text() == log
+    run(shapes, tmp_path, '--steps', '2')                                     # its own begins anew
+    assert (tmp_path / 'log.jsonl').read_text() != log
+
+
+@pytest.mark.parametrize('minutes', ['0', '-1', 'nan', '1e300'])
+def test_a_timeout_is_refused_before_it_is_used(shapes, tmp_path, minutes, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')                                     # the other never comes
+    monkeypatch.setenv('RANK', '0')
+    with pytest.raises(model.BadInput, match='--timeout'):
+        run(shapes, tmp_path, '--steps', '1', '--timeout', minutes)
 
 
 def test_a_finished_run_has_nothing_to_do(shapes, tmp_path):
@@ -339,7 +365,7 @@ def test_two_fresh_starts_of_tuning_differ_from_training_in_noise_and_order(shap
 def test_one_process_tells_of_new_labels(shapes, tmp_path, rank, monkeypatch, capsys):
     path = run(shapes, tmp_path / 'out', '--steps', '1')
     rows = ((np.zeros((3, 8, 8), np.uint8), k % 4) for k in range(60))
-    data.save_folder(tmp_path / 'four', rows, 'uint8', (3, 8, 8), {'kind': 'images', 'classes': 4}, 0)
+    data.save_folder(tmp_path / 'four', rows, 'uint8', (3, 8, 8), {'kind': 'images', 'classes': 4})
     monkeypatch.setenv('RANK', str(rank))
     monkeypatch.setattr(train, 'train', lambda args, *rest: pathlib.Path(args.out) / 'none.pt')
     tune(path, tmp_path / 'tuned', '--data', str(tmp_path / 'four'))

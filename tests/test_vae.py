@@ -346,7 +346,7 @@ def test_latents_are_sampled_around_the_encoder_s_mean(vae, tmp_path):
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(5)) * 2 - 1
     row = vae.encode(x)[0].numpy()
     meta = {'kind': 'moments', 'classes': 0, 'scale': data.LATENT_SCALE}
-    data.save_folder(tmp_path / 'd', [(row, 0), (row, 0)], 'float16', row.shape, meta, 0)
+    data.save_folder(tmp_path / 'd', [(row, 0), (row, 0)], 'float16', row.shape, meta)
     dataset, n = data.Data(tmp_path / 'd'), 4000
     raw, _ = dataset.rows(np.zeros(n, int))
     normal = torch.randn(n, 4, 4, 4, generator=torch.Generator().manual_seed(6))
@@ -389,7 +389,7 @@ def run(vae_file, tmp_path_factory):
     rows = ((rng.standard_normal((8, 8, 8)), k % 3) for k in range(60))
     meta = {'kind': 'moments', 'classes': 3, 'scale': 0.2}
     meta |= {'vae': str(vae_file), 'vae_sha256': sha256(vae_file)}
-    data.save_folder(desk / 'data', rows, 'float16', (8, 8, 8), meta, 0)
+    data.save_folder(desk / 'data', rows, 'float16', (8, 8, 8), meta)
     return desk / 'data', train.main([*train_flags(desk), '--steps', '2'])
 
 
