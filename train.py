@@ -145,7 +145,10 @@ def configuration(args, dataset):
 
 # ----------------------------------------------------------------------------- checkpoints, written and found
 
-MAY_DIFFER = ('data', 'class_names', 'vae', 'vae_sha256')                # between a run and its continuation
+def may_differ(cfg):
+    """What may differ between a run and its continuation; one without a schedule may grow."""
+    steps = set() if cfg['lr_decay'] or cfg['method'] == 'sddit' else {'steps'}
+    return {'data', 'class_names', 'vae', 'vae_sha256'} | steps
 
 
 def size_of(state):
@@ -200,9 +203,8 @@ def newest_checkpoint(out, cfg):
             print(f'passed over: {mistake}')
             continue
         theirs = state['config']
-        steps = () if cfg['lr_decay'] or cfg['method'] == 'sddit' else ('steps',)     # no schedule: may grow
         differ = [f'{name} was {theirs.get(name)!r} and is now {cfg.get(name)!r}' for name in theirs | cfg
-                  if name not in MAY_DIFFER + steps and theirs.get(name) != cfg.get(name)]
+                  if name not in may_differ(cfg) and theirs.get(name) != cfg.get(name)]
         if differ:
             raise BadInput(f'{path} is of another configuration ({"; ".join(differ[:3])}): choose another '
                            f'--out, or type the command it was made with')
@@ -215,7 +217,7 @@ def newest_checkpoint(out, cfg):
 def of_this_run(theirs, cfg):
     """Whether the configuration in an export, or in the header of a log, is this run's as far as it goes."""
     return isinstance(theirs, dict) and all(
-        theirs[name] == cfg[name] for name in theirs.keys() & cfg.keys() - {'steps', *MAY_DIFFER})
+        theirs[name] == cfg[name] for name in theirs.keys() & cfg.keys() - may_differ(cfg))
 
 
 def exported(file, cfg):

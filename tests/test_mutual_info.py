@@ -565,8 +565,7 @@ def test_a_full_disk_leaves_no_half_of_a_table(tmp_path, monkeypatch):
     def write():
         found = {('noisy images', 1.0): [(0, 0, 0.5, 0.4), (0, 1, 0.7, 0.6)]}
         mutual_info.write_csv(tmp_path / 'a.csv', found, mutual_info.summarise(found, mutual_info.TRUE),
-                              [mutual_info.TRUE] * 2,
-                              {'dims': 2}, [])
+                              [mutual_info.TRUE] * 2, {'dims': 2}, [])
     with monkeypatch.context() as patch:
         patch.setattr(io, 'TextIOWrapper', Full)
         with pytest.raises(OSError, match='No space'):

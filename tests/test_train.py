@@ -295,12 +295,9 @@ def test_an_export_overwrites_nothing_but_its_own(shapes, tmp_path):
     for _ in range(2):                                                        # the same command again
         run(shapes, tmp_path / 'out', '--steps', '1', '--export', str(export))
     content = export.read_bytes()
-    for again in ((), ('--export', str(export))):                             # another run, then finished
-        if again:
-            with pytest.raises(model.BadInput, match='ema.pt exists already'):
-                run(shapes, tmp_path / 'other', '--steps', '1', '--seed', '1', *again)
-        else:
-            run(shapes, tmp_path / 'other', '--steps', '1', '--seed', '1')
+    run(shapes, tmp_path / 'other', '--steps', '1', '--seed', '1')
+    with pytest.raises(model.BadInput, match='ema.pt exists already'):        # of a finished run too
+        run(shapes, tmp_path / 'other', '--steps', '1', '--seed', '1', '--export', str(export))
     assert export.read_bytes() == content
 
 
@@ -312,6 +309,9 @@ def test_the_log_of_another_run_is_kept(shapes, tmp_path):
     assert (tmp_path / 'log.jsonl').read_text() == log
     run(shapes, tmp_path, '--steps', '2')                                     # its own begins anew
     assert (tmp_path / 'log.jsonl').read_text() != log
+    run(shapes, tmp_path / 'scheduled', '--steps', '1', '--lr-decay', '0.5').unlink()
+    with pytest.raises(model.BadInput, match='log.jsonl is of another run'):  # as long as its schedule
+        run(shapes, tmp_path / 'scheduled', '--steps', '2', '--lr-decay', '0.5')
 
 
 @pytest.mark.parametrize('minutes', ['0', '-1', 'nan', '1e300'])
