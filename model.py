@@ -46,10 +46,10 @@ class BadInput(ValueError):
 
 # ------------------------------------------------------------------------------------------------ sizes
 
-SIZES = {'T': (4, 128, 4), 'S': (12, 384, 6), 'B': (12, 768, 12), 'L': (24, 1024, 16), 'XL': (28, 1152, 16)}
+SIZES = {'T': (6, 160, 5), 'S': (12, 384, 6), 'B': (12, 768, 12), 'L': (24, 1024, 16), 'XL': (28, 1152, 16)}
 PATCHES = (2, 4, 8)
 DECODER = (8, 512, 16)                        # depth, width, heads: the same for S to XL, as in MaskDiT
-TINY_DECODER = (2, 128, 4)                    # for T, the size for laptops and tests
+TINY_DECODER = (2, 64, 2)                     # for T: XL/2's proportions, for laptops and tests
 
 
 def parse_size(name):
@@ -273,11 +273,11 @@ class Net(nn.Module):
             self.mask_token = nn.Parameter(torch.zeros(1, 1, e))
         if fill == 'side':
             self.side_block = Block(e, d_heads, d, bias_grid)
-        if fill in ('noisy', 'clean'):
-            self.fill_embed = nn.Linear(P, e)
         if cfg['method'] == 'sddit' and cfg['stage'] == 'train':
             self.head = Head(d)
         initialise(self)
+        if self.bridge is not None and cfg.get('bridge', 'zero') == 'zero':
+            nn.init.zeros_(self.bridge.linear.weight)                         # MaskDiT's code
 
     @property
     def relative(self):
@@ -300,17 +300,28 @@ class Net(nn.Module):
             tokens = torch.cat([self.cls.expand(len(tokens), -1, -1), tokens], dim=1)    # (B, 1 + K, d)
         return through(self.blocks, tokens, c, index, self.checkpoint_blocks)    # (B, K, d)
 
-    def fill(self, tokens, visible, patches, c, gain=1.0):
-        """All N slots of the decoder, positions added: `tokens` (B, K, e) where visible, elsewhere what the
-        method puts there. `visible` None: there is no hole."""
-        if visible is None:
-            return tokens + self.decoder_pos                                  # (B, N, e)
-        if hasattr(self, 'mask_token'):
-            slots = self.mask_token.expand(len(tokens), self.grid ** 2, -1)   # (B, N, e)
-        else:
-            slots = self.fill_embed(patches)                                  # (B, N, e)
-        slots = put(gain * slots.to(tokens.dtype), visible, tokens) + self.decoder_pos   # (B, N, e)
-        if hasattr(self, 'side_block'):                                       # MDT's side-interpolater
+    def fill(self, tokens, visible, patches, c, gains=(1.0, 1.0)):
+        """All N tokens of the decoder, positions added: `tokens` (B, K, d) where visible, elsewhere what the
+        method puts there. `visible` None: nothing is masked."""
+        N = self.grid ** 2
+        token = hasattr(self, 'mask_token')
+        masked = visible is not None
+        if masked and not token:                                              # sddit, mcdit: at width d
+            slots = self.patch_embed(patches) + self.pos                      # (B, N, d)
+            tokens = put(slots.to(tokens.dtype), visible, tokens)             # (B, N, d)
+        if self.bridge is not None:
+            tokens = self.bridge(tokens, c)                                   # (B, N, e), maskdit (B, K, e)
+        if masked and not token:
+            gain = tokens.new_full((len(tokens), N, 1), gains[1])
+            gain = put(gain, visible, tokens.new_full((len(tokens), visible.shape[1], 1), gains[0]))
+            tokens = gain * tokens
+        if token and (masked or not hasattr(self, 'side_block')):             # unmasked steps keep it in the graph
+            if not masked:
+                visible = torch.arange(N, device=tokens.device).expand(len(tokens), -1)
+            slots = self.mask_token.expand(len(tokens), N, -1)                # (B, N, e)
+            tokens = put(slots.to(tokens.dtype), visible, tokens)             # (B, N, e)
+        slots = tokens + self.decoder_pos                                     # (B, N, e)
+        if masked and hasattr(self, 'side_block'):                            # MDT's side-interpolater
             made = through([self.side_block], slots, c, self.relative, self.checkpoint_blocks)
             slots = put(made, visible, take(slots, visible).to(made.dtype))   # shortcut: visible ones stay
         return slots
@@ -338,16 +349,14 @@ class Net(nn.Module):
         logits = self.head(tokens) if hasattr(self, 'head') and visible is not None else None
         if self.cls is not None:
             tokens = tokens[:, 1:]                                            # (B, K, d)
-        if self.bridge is not None:
-            tokens = gains[0] * self.bridge(tokens, c)                        # (B, K, e)
         if hasattr(self, 'decoder_blocks'):
-            values = self.decode(self.fill(tokens, visible, patches, c, gains[1]), c)    # (B, N, P)
+            values = self.decode(self.fill(tokens, visible, patches, c, gains), c)       # (B, N, P)
         else:
             values = self.final(tokens, c)                                    # (B, N, P)
         return unpatchify(values, self.patch, self.outputs).to(self.pos.dtype), c, logits
 
 
-TRAINING_ONLY = ('mask_token', 'fill_embed.', 'side_block.', 'head.')     # name prefixes; tuning and sampling
+TRAINING_ONLY = ('mask_token', 'side_block.', 'head.')     # name prefixes; tuning and sampling
                                                                               # have no slot to fill
 
 
@@ -379,7 +388,9 @@ class EMADecoder(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.patch, self.channels = net.patch, net.channels
-        self.fill_embed = copy.deepcopy(net.fill_embed)
+        self.patch_embed = copy.deepcopy(net.patch_embed)
+        self.bridge = copy.deepcopy(net.bridge)
+        self.register_buffer('pos', net.pos.detach().clone(), persistent=False)
         self.decoder_blocks = copy.deepcopy(net.decoder_blocks)
         self.final = copy.deepcopy(net.final)
         self.register_buffer('decoder_pos', net.decoder_pos.detach().clone(), persistent=False)
@@ -388,7 +399,8 @@ class EMADecoder(nn.Module):
 
     def forward(self, x, c):
         """F_ema (B, C, H, W) of an image whose every token is embedded and none encoded."""
-        tokens = self.fill_embed(patchify(x, self.patch)) + self.decoder_pos  # (B, N, e)
+        tokens = self.patch_embed(patchify(x, self.patch)) + self.pos         # (B, N, d)
+        tokens = self.bridge(tokens, c) + self.decoder_pos                    # (B, N, e)
         values = self.decode(tokens, c)                                       # (B, N, P)
         return unpatchify(values, self.patch, self.channels).to(self.decoder_pos.dtype)
 
@@ -448,7 +460,6 @@ def make_teacher(net, cfg):
     elif cfg['stage'] == 'train' and cfg['method'] == 'mcdit' and (cfg['lambda_con1'] or cfg['lambda_con2']):
         if cfg['teacher_encoder']:                                            # MC-DiT Table 12
             teacher = copy.deepcopy(net)
-            del teacher.fill_embed                                           # it runs on all tokens: no holes
         else:
             teacher = EMADecoder(net)
     return teacher if teacher is None else teacher.requires_grad_(False).to(net.pos.device)
@@ -507,6 +518,12 @@ def precondition(sigma, sd):
     c_out = s * sd / (s ** 2 + sd ** 2).sqrt()
     c_in = 1 / (s ** 2 + sd ** 2).sqrt()
     return c_skip, c_out, c_in, sigma.log() / 4
+
+
+def unmasked_step(cfg, step):
+    """Whether nothing is masked in this step: a function of (seed, step) alone."""
+    share = cfg.get('unmasked', 0.0)
+    return bool(share) and torch.rand((), generator=generator('cpu', cfg['seed'], step, 'unmasked')).item() < share
 
 
 def loss_weight(sigma, sd):
@@ -771,14 +788,15 @@ METHODS = {
     'dit': dict(fill=None, decoder=None, loss=dit_loss, draws=(),
                 defaults=dict(mask_ratio=0.0, lr=1e-4)),
     'maskdit': dict(fill='token', decoder='narrow', loss=maskdit_loss, draws=(),
-                    defaults=dict(mask_ratio=0.5, lr=1e-4)),
+                    defaults=dict(mask_ratio=0.5, lr=1e-4, bridge='zero', unmasked=0.0)),
     'mdt': dict(fill='side', decoder='own', loss=mdt_loss, draws=('noise2', 'drop2'),
                 defaults=dict(mask_ratio=0.3, lr=3e-4)),
     'sddit': dict(fill='noisy', decoder='narrow', loss=sddit_loss, draws=('noise2',),
-                  defaults=dict(mask_ratio=0.2, lr=1e-4)),
+                  defaults=dict(mask_ratio=0.2, lr=1e-4, bridge='zero')),
     'mcdit': dict(fill='clean', decoder='narrow', loss=mcdit_loss, draws=(),
                   defaults=dict(mask_ratio=0.5, lr=1e-4, lambda_noise=0.1, lambda_con1=0.1, lambda_con2=0.05,
-                                tokens='both', all_clean=False, teacher_encoder=False)),
+                                tokens='both', all_clean=False, teacher_encoder=False,
+                                bridge='zero', unmasked=0.0)),
 }
 
 

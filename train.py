@@ -98,6 +98,8 @@ def parse(argv):
     flag('--sigma-data', type=float, default=0.5, help='standard deviation of the data, for EDM')
     flag('--lr', type=float, help="(default: the method's)")
     flag('--mask-ratio', type=float, help="masked part of the tokens (default: the method's)")
+    flag('--bridge', choices=('zero', 'xavier'))
+    flag('--unmasked', type=float)
     shared_flags(parser, steps=400_000, batch=256)
     ablation = parser.add_argument_group('ablations of mcdit').add_argument
     ablation('--lambda-noise', type=float, help='weight of L_noise (0.1; Tables 4, 6, 13)')
@@ -434,12 +436,12 @@ def read_ahead(read, places):
             yield ahead.popleft().result()
 
 
-def backward(student, teacher, x, y, draws, cfg, precision, weight):
+def backward(student, teacher, x, y, draws, cfg, precision, weight, unmasked=False):
     """Add `weight` times the gradient of the method's loss. Returns the loss and its parts, by name.
 
     A loss that is not finite makes its gradient NaN, and so, once gradients are averaged, every process's.
     """
-    method_loss = model.dit_loss if cfg['stage'] == 'tune' else model.METHODS[cfg['method']]['loss']
+    method_loss = model.dit_loss if cfg['stage'] == 'tune' or unmasked else model.METHODS[cfg['method']]['loss']
     with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
         loss, parts = method_loss(student, teacher, x, y, draws, cfg)
     loss.backward(torch.where(loss.detach().isfinite(), weight, math.nan))
@@ -727,9 +729,11 @@ def loop(args, cfg, dataset, start, state, rank, world, device, stopped_by):
             weight = (1.0 if loss_scale is None else loss_scale[0]) / args.accumulate
             with contextlib.nullcontext() if rows is shares[-1] or world == 1 else student.no_sync():
                 mine = {name: value[rows] for name, value in draws.items()}
-                parts = backward(student, teacher, x, y, mine, cfg, precision, weight)
+                parts = backward(student, teacher, x, y, mine, cfg, precision, weight,
+                                 model.unmasked_step(cfg, step))
             for name, value in parts.items():
-                numbers[name] = numbers.get(name, 0) + value / args.accumulate
+                if name == 'loss' or not cfg.get('unmasked'):
+                    numbers[name] = numbers.get(name, 0) + value / args.accumulate
         numbers['grad_norm'] = update(net, ema, teacher, optimizer, loss_scale, step, cfg)
         history.append(torch.stack(list(numbers.values())))
 
