@@ -1,37 +1,35 @@
-"""What is the network, what fills its holes, and what is minimised?
+"""What is the network, what fills the masked positions, and what is minimised?
 
 The reference is MC-DiT: "Contextual Enhancement via Clean-to-Clean Reconstruction for Masked Diffusion
-Models" (NeurIPS 2024), beside the systems it is compared with: DiT (Peebles & Xie 2022), MaskDiT (Zheng et
-al. 2024), MDT (Gao et al. 2023) and SD-DiT (Zhu et al. 2024). All are trained under EDM (Karras et al. 2022),
-so that only the masking differs.
+Models" (NeurIPS 2024), with the systems it is compared with: DiT (Peebles & Xie 2022), MaskDiT (Zheng et al.
+2024), MDT (Gao et al. 2023) and SD-DiT (Zhu et al. 2024). All are trained under EDM (Karras et al. 2022), so
+that only the masking differs.
 
-An encoder sees the visible noisy tokens alone. Before the decoder, every masked slot must be filled with
+An encoder sees the visible noisy tokens only. Before the decoder, every masked position must be filled with
 something, and what fills it is the whole difference between the methods:
 
-    method   a masked slot is filled with      ratio  decoder           minimised              EMA network
-    dit      (nothing is masked)               0      final layer only  denoise                -
-    maskdit  one learned mask token            0.5    8 blocks x 512    denoise + reconstruct  -
-    mdt      tokens that a side block makes    0.3    its last 2 blocks denoise, twice         -
-    sddit    the noisy patch itself, embedded  0.2    8 blocks x 512    denoise + discriminate encoder, head
-    mcdit    the clean patch itself, embedded  0.5    8 blocks x 512    clean + noise + 2 con  the decoder
+    method   masked positions get              ratio  decoder          minimised               EMA network
+    dit      (nothing is masked)               0      final layer      denoise                 -
+    maskdit  one learned mask token            0.5    8 blocks x 512   denoise + reconstruct   -
+    mdt      tokens from a side block          0.3    last 2 blocks    denoise, twice          -
+    sddit    the noisy patch, embedded         0.2    8 blocks x 512   denoise + discriminate  encoder, head
+    mcdit    the clean patch, embedded         0.5    8 blocks x 512   clean + noise + 2 con   decoder
 
-The table `METHODS`, after the losses, has the same rows. A sixth method costs its parameters in
-`Net.__init__` (named in `TRAINING_ONLY`), a branch in `Net.fill` if neither token nor patch fills its slots,
-a loss, and a row.
+`METHODS`, after the losses, is this table as code. A sixth method costs one loss, one row, and a branch in
+`Decoder` if neither a token nor a patch fills its masked positions. Read `Net.forward`, `denoise`, `dit_loss`
+and `mcdit_loss` first; everything below "checkpoints" can wait.
 
 Letters used for shapes:
-    B images    C channels    H = W pixels a side    p patch side    P = p*p*C values a patch
-    N = (H/p)^2 tokens    K visible ones    d encoder width    e decoder width (dd in some papers)
+    B images    C channels    H = W image side    p patch side    P = p*p*C values per patch
+    N = (H/p)^2 tokens    K visible tokens    d encoder width    e decoder width
 """
 
 import argparse
 import copy
+import dataclasses
 import hashlib
 import math
-import os
-import pickle
-import reprlib
-import zipfile
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,24 +39,79 @@ from torch.utils.checkpoint import checkpoint
 
 
 class BadInput(ValueError):
-    """A user's mistake, told in one sentence. The scripts print the sentence and exit with status 2."""
+    """A user's error, as one sentence: what was found, what was expected, what to type."""
 
 
-# ------------------------------------------------------------------------------------------------ sizes
+def check(condition, sentence):
+    if not condition:
+        raise BadInput(sentence)
+
+
+# ------------------------------------------------------------------------------------------ configuration
 
 SIZES = {'T': (6, 160, 5), 'S': (12, 384, 6), 'B': (12, 768, 12), 'L': (24, 1024, 16), 'XL': (28, 1152, 16)}
-PATCHES = (2, 4, 8)
 DECODER = (8, 512, 16)                        # depth, width, heads: the same for S to XL, as in MaskDiT
-TINY_DECODER = (2, 64, 2)                     # for T: XL/2's proportions, for laptops and tests
+TINY_DECODER = (2, 64, 2)                     # for T, the laptop's: XL/2's proportions
+OWN_DECODER = 2                               # MDT: the last blocks of the encoder are its decoder
 
 
-def parse_size(name):
-    """'XL/2' -> ((depth, width, heads), (decoder depth, width, heads), patch). Raises BadInput."""
-    size, _, patch = name.partition('/')
-    if size not in SIZES or not patch.isdecimal() or int(patch) not in PATCHES:
-        raise BadInput(f'--model {name} is not known: type one of {", ".join(SIZES)}, a slash, and a patch '
-                       f'size of {", ".join(map(str, PATCHES))}, such as XL/2')
-    return SIZES[size], TINY_DECODER if size == 'T' else DECODER, int(patch)
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a network is and how it is trained. A checkpoint carries it as a plain dictionary; a field that an
+    older file does not have takes its default."""
+
+    method: str = 'mcdit'                     # a row of METHODS
+    model: str = 'B/2'                        # a size of SIZES, a slash, the patch side p
+    stage: str = 'train'                      # 'tune': nothing is masked, no parameter fills masked positions
+    diffusion: str = 'edm'                    # 'ddpm': published weights that predict eps and a variance
+    # the data, as its folder describes it
+    data: str = ''
+    fingerprint: str = ''                     # hash of labels and some rows
+    kind: str = 'images'                      # 'images', 'moments' or 'latents'
+    count: int = 0
+    resolution: int = 32                      # H
+    channels: int = 4                         # C
+    classes: int = 0                          # 0: unconditional
+    class_names: tuple = ()
+    scale: float = 0.18215                    # of latents
+    vae: str | None = None
+    vae_sha256: str | None = None
+    # masking and loss
+    sigma_data: float = 0.5                   # standard deviation of the data, EDM
+    mask_ratio: float = 0.5                   # share of the tokens that is masked
+    unmasked: float = 0.0                     # share of the steps that mask nothing: ours, in no paper
+    bridge: str = 'zero'                      # initial weight of the bridge: 'zero' or 'xavier'
+    lambda_noise: float = 0.1                 # MC-DiT: weights of eq. 12
+    lambda_con1: float = 0.1
+    lambda_con2: float = 0.05
+    all_clean: bool = False                   # MC-DiT Table 6: clean targets for all tokens
+    tokens: str = 'both'                      # MC-DiT Table 10: what the decoder is given, see TOKEN_GAINS
+    teacher_encoder: bool = False             # MC-DiT Table 12: EMA of the encoder too
+    # optimization
+    steps: int = 400_000
+    batch: int = 256                          # global: ranks x micro-batch x gradient accumulation
+    lr: float = 1e-4
+    lr_decay: float = 0.0                     # last share of the steps, in which lr falls to 0
+    seed: int = 0
+    ema_step: int = 0                         # step at which the EMA's warm-up counts on: tuning
+    tuned_from: str | None = None
+
+    def __post_init__(self):
+        size, _, p = self.model.partition('/')
+        check(size in SIZES and p in ('2', '4', '8'),
+              f'--model {self.model} is not known: type one of {", ".join(SIZES)}, a slash, and a patch side '
+              f'of 2, 4 or 8, such as XL/2')
+        check(self.resolution % int(p) == 0,
+              f'patches of {p} do not divide an image of {self.resolution} x {self.resolution}: choose '
+              f'another patch in --model, or data of another size')
+        check(self.K >= 1, f'--mask-ratio {self.mask_ratio} leaves none of the {self.N} tokens visible: use '
+              f'a smaller ratio or a smaller patch')
+
+    size = property(lambda self: self.model.partition('/')[0])
+    patch = property(lambda self: int(self.model.partition('/')[2]))
+    grid = property(lambda self: self.resolution // self.patch)
+    N = property(lambda self: self.grid ** 2)
+    K = property(lambda self: int(self.N * (1 - self.mask_ratio) + 1e-9))     # 1e-9: int(10 * (1 - 0.9)) is 0
 
 
 # --------------------------------------------------------------------------------- patches and positions
@@ -82,26 +135,24 @@ def take(tokens, index):
 
 
 def put(slots, index, tokens):
-    """`slots` with `tokens` laid in at `index`: (B, N, n), (B, K), (B, K, n) -> (B, N, n)."""
+    """`slots` with `tokens` written at `index`: (B, N, n), (B, K), (B, K, n) -> (B, N, n)."""
     return slots.scatter(1, index[..., None].expand(-1, -1, slots.shape[-1]), tokens)
 
 
-def visible_count(N, ratio):
-    """K = int(N (1 - ratio) + 1e-9), the same for every image; 1e-9 because int(10 * (1 - 0.9)) is 0."""
-    K = int(N * (1 - ratio) + 1e-9)
-    if K < 1:
-        raise BadInput(f'--mask-ratio {ratio} leaves none of the {N} tokens visible: use a smaller ratio or '
-                       f'a smaller patch')
-    return K
-
-
-def position_table(g, width):
+def sincos_positions(g, width):
     """Fixed 2-D sine-cosine positions, (1, g*g, width): the column's half first, then the row's."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(g, dtype=torch.float64)[:, None] * omega             # (g, width/4)
     line = torch.cat([angle.sin(), angle.cos()], dim=1)                       # (g, width/2)
     column, row = line.repeat(g, 1), line.repeat_interleave(g, dim=0)         # (g*g, width/2) each
     return torch.cat([column, row], dim=1)[None].float()
+
+
+def relative_positions(g, device):
+    """The row of MDT's bias table for query i and key j: (N, N), (dy + g-1)(2g-1) + (dx + g-1)."""
+    at = torch.arange(g * g, device=device)
+    dy, dx = (at[:, None] // g - at // g), (at[:, None] % g - at % g)
+    return (dy + g - 1) * (2 * g - 1) + dx + g - 1
 
 
 # ---------------------------------------------------------------------------------------- building blocks
@@ -114,16 +165,16 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]                          # (B, N, n), (B, n), (B, n)
 
 
-def keeping_inputs(function, *inputs):
-    """function(*inputs), of which backward finds the inputs alone: it computes the rest once more."""
+def recompute(function, *inputs):
+    """function(*inputs) with activation checkpointing: backward recomputes everything but the inputs."""
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing here draws
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero: at initialisation every gate is zero and it is the identity.
+    """A transformer block with adaLN-Zero: every gate starts at zero, and so the block as the identity.
 
-    With `grid`, MDT's: attention gets a learned bias for each head and each offset between two tokens of a
-    grid x grid image, and `forward` the `index` of every pair's offset, (N, N) or (B, K, K).
+    With `grid`, MDT's: attention has a learned bias per head and per offset between two tokens of a grid x
+    grid image, and `forward` gets the `index` of every pair's offset, (N, N) or (B, K, K).
     """
 
     def __init__(self, width, heads, c_width, grid=None):
@@ -139,8 +190,8 @@ class Block(nn.Module):
     def attention(self, x, index):
         B, N, n = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)    # (B, heads, N, ..)
-        if index is not None and index.ndim == 3:             # B x heads x K x K biases: made again, not kept
-            x = keeping_inputs(self.attend, q, k, v, index)
+        if index is not None and index.ndim == 3:             # (B, heads, K, K) bias: recomputed, not stored
+            x = recompute(self.attend, q, k, v, index)
         else:
             x = self.attend(q, k, v, index)
         return self.proj(x.transpose(1, 2).reshape(B, N, n))
@@ -148,8 +199,8 @@ class Block(nn.Module):
     def attend(self, q, k, v, index):
         bias = None
         if self.bias is not None:
-            bias = functional.embedding(index, self.bias).to(q.dtype)         # (N, N, heads), or B of them
-            bias = bias.movedim(-1, -3).contiguous()                          # or no fused kernel takes it
+            bias = functional.embedding(index, self.bias).to(q.dtype)         # ([B,] N, N, heads)
+            bias = bias.movedim(-1, -3).contiguous()                          # as the fused kernels want it
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)    # (B, heads, N, ..)
 
     def mlp(self, x):
@@ -160,12 +211,6 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=1)
         x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a), index)
         return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
-
-
-def through(blocks, tokens, c, index, checkpointed):
-    for block in blocks:
-        tokens = keeping_inputs(block, tokens, c, index) if checkpointed else block(tokens, c, index)
-    return tokens                                                             # (B, N, n)
 
 
 class ModulatedLinear(nn.Module):
@@ -197,8 +242,26 @@ class NoiseEmbedding(nn.Module):
         return self.fc2(functional.silu(self.fc1(wave)))
 
 
+class PatchEmbedding(nn.Module):
+    """Patches (B, N, P) -> tokens (B, N, d) with positions; with `visible` (B, K), those tokens only."""
+
+    def __init__(self, P, width, grid, learned):
+        super().__init__()
+        self.linear = nn.Linear(P, width)
+        self.pos = nn.Parameter(sincos_positions(grid, width), requires_grad=learned)
+
+    def forward(self, patches, visible=None):
+        pos = self.pos.expand(len(patches), -1, -1)                           # (B, N, d)
+        if visible is not None:
+            patches, pos = take(patches, visible), take(pos, visible)         # (B, K, P), (B, K, d)
+        return self.linear(patches) + pos                                     # (B, K, d)
+
+
+PROTOTYPES = 8192                             # SD-DiT's K
+
+
 class Head(nn.Module):
-    """SD-DiT's projection head: tokens (.., d) -> cosines in [-1, 1] with K = 8192 prototypes, in float32."""
+    """SD-DiT's projection head: tokens (.., d) -> cosines in [-1, 1] with 8192 prototypes, in float32."""
 
     def __init__(self, width):
         super().__init__()
@@ -208,7 +271,7 @@ class Head(nn.Module):
         self.prototypes = nn.Parameter(torch.zeros(PROTOTYPES, 256))
 
     def forward(self, tokens):
-        with torch.autocast('cuda' if tokens.is_cuda else 'cpu', enabled=False):         # bfloat16 gives NaN
+        with torch.autocast(tokens.device.type, enabled=False):               # bfloat16 makes the loss NaN
             x = layer_norm(tokens.to(self.prototypes.dtype))
             x = self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(x)))))
             x, prototypes = functional.normalize(x, dim=-1), functional.normalize(self.prototypes, dim=-1)
@@ -217,277 +280,176 @@ class Head(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ network
 
-PROTOTYPES = 8192                             # SD-DiT's K
-OWN_DECODER = 2                               # MDT: this many of the encoder's own blocks are its decoder
+def run_blocks(blocks, tokens, c, index, checkpointing):
+    for block in blocks:
+        tokens = recompute(block, tokens, c, index) if checkpointing else block(tokens, c, index)
+    return tokens                                                             # (B, N, n)
 
 
-def relative_index(g, device='cpu'):
-    """Which row of MDT's bias table belongs to query i and key j: (N, N), (dy + g-1)(2g-1) + (dx + g-1)."""
-    at = torch.arange(g * g, device=device)
-    dy, dx = (at[:, None] // g - at // g), (at[:, None] % g - at % g)
-    return (dy + g - 1) * (2 * g - 1) + dx + g - 1
+class Encoder(nn.Module):
+    """The visible noisy patches, embedded and passed through DiT's blocks; and the conditioning vector c."""
 
-
-class Net(nn.Module):
-    """F, the raw network inside the denoiser D of EDM eq. 7.
-
-    `cfg` is a plain dictionary with `model` ('XL/2'), `method`, `stage` ('train' or 'tune'), `resolution`,
-    `channels`, `classes` (0: unconditional), and `diffusion`: 'edm', or 'ddpm' for published weights. Only
-    the parameters that the method uses are built, and tuning masks nothing, so it has none that fill a slot.
-    `checkpoint_blocks` trades time for memory: backward computes each block again from its input.
-    Raises BadInput for a resolution that the patch does not divide.
-    """
-
-    checkpoint_blocks = False
+    checkpointing = False
 
     def __init__(self, cfg):
         super().__init__()
-        (depth, d, heads), (d_depth, e, d_heads), p = parse_size(cfg['model'])
-        if cfg['resolution'] % p:
-            raise BadInput(f'patches of {p} do not divide a picture of {cfg["resolution"]} x '
-                           f'{cfg["resolution"]}: choose another patch in --model, or data of another size')
-        method = METHODS[cfg['method']]
-        own = method['decoder'] == 'own'                                 # MDT: no narrow decoder, but learned
-        self.patch, self.channels = p, cfg['channels']                        # positions and biased attention
-        self.grid, P = cfg['resolution'] // p, p * p * cfg['channels']
-        if own:
-            depth, d_depth, e, d_heads = depth - OWN_DECODER, OWN_DECODER, d, heads
-        self.bias_grid = bias_grid = self.grid if own else None
-
+        depth, d, heads = SIZES[cfg.size]
+        self.grid, self.biased = cfg.grid, METHODS[cfg.method].decoder == 'own'
+        if self.biased:                                                       # MDT: learned positions, biased
+            depth -= OWN_DECODER                                              # attention, two blocks fewer
         self.t_embed = NoiseEmbedding(d)
-        self.y_embed = nn.Embedding(cfg['classes'] + 1, d) if cfg['classes'] else None    # last row: dropped
-        self.patch_embed = nn.Linear(P, d)
-        self.pos = nn.Parameter(position_table(self.grid, d), requires_grad=own)
-        self.cls = nn.Parameter(torch.zeros(1, 1, d)) if cfg['method'] == 'sddit' else None
-        self.blocks = nn.ModuleList(Block(d, heads, d, bias_grid) for _ in range(depth))
-
-        self.bridge = ModulatedLinear(d, e, d) if method['decoder'] == 'narrow' else None
-        if method['decoder']:
-            self.decoder_pos = nn.Parameter(position_table(self.grid, e), requires_grad=own)
-            self.decoder_blocks = nn.ModuleList(Block(e, d_heads, d, bias_grid) for _ in range(d_depth))
-        self.outputs = self.channels * (2 if cfg['diffusion'] == 'ddpm' else 1)          # eps and a variance
-        self.final = ModulatedLinear(e if method['decoder'] else d, p * p * self.outputs, d)
-
-        fill = method['fill'] if cfg['stage'] == 'train' else None            # see TRAINING_ONLY
-        if fill in ('token', 'side'):
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, e))
-        if fill == 'side':
-            self.side_block = Block(e, d_heads, d, bias_grid)
-        if cfg['method'] == 'sddit' and cfg['stage'] == 'train':
-            self.head = Head(d)
-        initialise(self)
-        if self.bridge is not None and cfg.get('bridge', 'zero') == 'zero':
-            nn.init.zeros_(self.bridge.linear.weight)                         # MaskDiT's code
-
-    @property
-    def relative(self):
-        """`relative_index` for MDT, else None. No buffer: DistributedDataParallel would write into it."""
-        return relative_index(self.bias_grid, self.pos.device) if self.bias_grid else None
+        self.y_embed = nn.Embedding(cfg.classes + 1, d) if cfg.classes else None         # last row: dropped
+        self.embed = PatchEmbedding(cfg.patch ** 2 * cfg.channels, d, cfg.grid, self.biased)
+        self.cls = nn.Parameter(torch.zeros(1, 1, d)) if METHODS[cfg.method].cls else None
+        self.blocks = nn.ModuleList(Block(d, heads, d, cfg.grid if self.biased else None)
+                                    for _ in range(depth))
 
     def condition(self, c_noise, y):
-        c = self.t_embed(c_noise)                                             # (B, d)
-        return c if self.y_embed is None else c + self.y_embed(y)             # (B, d)
+        """c_noise (B,), labels y (B,), where the number `classes` means dropped -> c (B, d)."""
+        c = self.t_embed(c_noise)
+        return c if self.y_embed is None else c + self.y_embed(y)
 
-    def encode(self, patches, c, visible=None):
-        """The visible tokens of noisy patches (B, N, P), encoded: (B, K, d); SD-DiT (B, 1 + K, d)."""
-        pos = self.pos.expand(len(patches), -1, -1)                           # (B, N, d)
-        index = getattr(self, 'relative', None)                               # (N, N)
-        if visible is not None:
-            patches, pos = take(patches, visible), take(pos, visible)         # (B, K, P), (B, K, d)
-            index = None if index is None else index[visible[:, :, None], visible[:, None, :]]    # (B, K, K)
-        tokens = self.patch_embed(patches) + pos                              # (B, K, d)
-        if self.cls is not None:                                              # SD-DiT's [CLS]: never masked
+    def forward(self, x, c, visible=None):
+        """Noisy patches (B, N, P), of which those at `visible` (B, K) are encoded -> tokens (B, K, d)."""
+        tokens = self.embed(x, visible)                                       # (B, K, d)
+        if self.cls is not None:                                              # SD-DiT's [CLS], never masked
             tokens = torch.cat([self.cls.expand(len(tokens), -1, -1), tokens], dim=1)    # (B, 1 + K, d)
-        return through(self.blocks, tokens, c, index, self.checkpoint_blocks)    # (B, K, d)
+        index = None
+        if self.biased:
+            index = relative_positions(self.grid, x.device)                   # (N, N)
+            if visible is not None:
+                index = index[visible[:, :, None], visible[:, None, :]]       # (B, K, K)
+        return run_blocks(self.blocks, tokens, c, index, self.checkpointing)
 
-    def fill(self, tokens, visible, patches, c, gains=(1.0, 1.0)):
-        """All N tokens of the decoder, positions added: `tokens` (B, K, d) where visible, elsewhere what the
-        method puts there. `visible` None: nothing is masked."""
-        N = self.grid ** 2
-        token = hasattr(self, 'mask_token')
-        masked = visible is not None
-        if masked and not token:                                              # sddit, mcdit: at width d
-            slots = self.patch_embed(patches) + self.pos                      # (B, N, d)
-            tokens = put(slots.to(tokens.dtype), visible, tokens)             # (B, N, d)
-        if self.bridge is not None:
-            tokens = self.bridge(tokens, c)                                   # (B, N, e), maskdit (B, K, e)
-        if masked and not token:
-            gain = tokens.new_full((len(tokens), N, 1), gains[1])
-            gain = put(gain, visible, tokens.new_full((len(tokens), visible.shape[1], 1), gains[0]))
-            tokens = gain * tokens
-        if token and (masked or not hasattr(self, 'side_block')):             # unmasked steps keep it in the graph
-            if not masked:
-                visible = torch.arange(N, device=tokens.device).expand(len(tokens), -1)
-            slots = self.mask_token.expand(len(tokens), N, -1)                # (B, N, e)
-            tokens = put(slots.to(tokens.dtype), visible, tokens)             # (B, N, e)
-        slots = tokens + self.decoder_pos                                     # (B, N, e)
-        if masked and hasattr(self, 'side_block'):                            # MDT's side-interpolater
-            made = through([self.side_block], slots, c, self.relative, self.checkpoint_blocks)
-            slots = put(made, visible, take(slots, visible).to(made.dtype))   # shortcut: visible ones stay
-        return slots
 
-    def decode(self, tokens, c):
-        """Filled tokens (B, N, e) -> values (B, N, P)."""
-        index = getattr(self, 'relative', None)                               # (N, N); EMADecoder has none
-        tokens = through(self.decoder_blocks, tokens, c, index, self.checkpoint_blocks)  # (B, N, e)
-        return self.final(tokens, c)                                          # (B, N, P)
+class Decoder(nn.Module):
+    """From tokens to values: bridge, mask token or side block where the method has one, blocks, final layer.
 
-    def forward(self, x, c_noise, y=None, visible=None, patches=None, gains=(1.0, 1.0)):
-        """F (B, C, H, W) in at least float32, the conditioning c (B, d), SD-DiT's logits (B, 1 + K, 8192).
+    dit's decoder is the final layer alone; mdt's has the encoder's width and no bridge.
+    """
 
-        x         (B, C, H, W)  the noisy image, already scaled by c_in; None: c is all that is asked for
-        c_noise   (B,)          ln(sigma) / 4
-        y         (B,)          labels; the number `classes` means dropped
-        visible   (B, K)        indices of the visible tokens; None: all of them
-        patches   (B, N, P)     what `fill` may embed into the masked slots
-        gains     two factors   on the encoder's tokens and the filled ones, at the decoder's door
+    checkpointing = False
+
+    def __init__(self, cfg):
+        super().__init__()
+        method, (_, d, heads) = METHODS[cfg.method], SIZES[cfg.size]
+        fill = method.fill if cfg.stage == 'train' else None
+        depth, e, e_heads = {'none': (0, d, heads), 'own': (OWN_DECODER, d, heads),
+                             'narrow': TINY_DECODER if cfg.size == 'T' else DECODER}[method.decoder]
+        self.grid, self.biased = cfg.grid, method.decoder == 'own'
+        bias_grid = cfg.grid if self.biased else None
+        self.bridge = ModulatedLinear(d, e, d) if method.decoder == 'narrow' else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, e)) if fill in ('token', 'side') else None
+        self.pos = nn.Parameter(sincos_positions(cfg.grid, e), requires_grad=self.biased) if depth else None
+        self.side_block = Block(e, e_heads, d, bias_grid) if fill == 'side' else None
+        self.blocks = nn.ModuleList(Block(e, e_heads, d, bias_grid) for _ in range(depth))
+        outputs = cfg.channels * (2 if cfg.diffusion == 'ddpm' else 1)        # DDPM: eps and a variance
+        self.final = ModulatedLinear(e, cfg.patch ** 2 * outputs, d)
+
+    def forward(self, tokens, c, visible=None, gains=(1.0, 1.0)):
+        """Tokens (B, N, d), or (B, K, d) where the mask token fills the rest -> values (B, N, P).
+
+        `gains` multiply the bridged tokens at visible and at masked positions (MC-DiT Table 10, `collapse`).
         """
-        c = self.condition(c_noise.to(self.pos.dtype), y)                     # (B, d)
-        if x is None:
-            return None, c, None
-        tokens = self.encode(patchify(x.to(self.pos.dtype), self.patch), c, visible)     # (B, K, d)
-        logits = self.head(tokens) if hasattr(self, 'head') and visible is not None else None
-        if self.cls is not None:
+        masked, (B, n), N = visible is not None, tokens.shape[:2], self.grid ** 2
+        if self.bridge is not None:
+            tokens = self.bridge(tokens, c)                                   # (B, n, e), n = N or K
+        if gains != (1.0, 1.0):
+            gain = tokens.new_full((B, N, 1), gains[1])
+            tokens = tokens * put(gain, visible, torch.full_like(gain[:, :visible.shape[1]], gains[0]))
+        if self.mask_token is not None:
+            if not masked:                    # overwrite it all: DistributedDataParallel waits for a gradient
+                visible = torch.arange(N, device=tokens.device).expand(B, -1)
+            slots = self.mask_token.expand(B, N, -1).to(tokens.dtype)         # (B, N, e)
+            tokens = put(slots, visible, tokens)                              # (B, N, e)
+        if self.pos is not None:
+            tokens = tokens + self.pos                                        # (B, N, e)
+        index = relative_positions(self.grid, tokens.device) if self.biased else None    # (N, N)
+        if self.side_block is not None and masked:                            # MDT's side-interpolater
+            made = run_blocks([self.side_block], tokens, c, index, self.checkpointing)
+            tokens = put(made, visible, take(tokens, visible).to(made.dtype))     # visible ones stay
+        return self.final(run_blocks(self.blocks, tokens, c, index, self.checkpointing), c)    # (B, N, P)
+
+
+class Net(nn.Module):
+    """F, the raw network inside the denoiser D of EDM eq. 7. Only the parameters that the method uses are
+    built; tuning masks nothing, so it has none that fill masked positions."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.fill_with_patches = METHODS[cfg.method].fill == 'patch'
+        self.head = None
+        if METHODS[cfg.method].cls and cfg.stage == 'train':
+            self.head = Head(self.encoder.embed.pos.shape[-1])
+        initialise(self, cfg)
+
+    def forward(self, x, c_noise, y=None, visible=None, fill=None, gains=(1.0, 1.0)):
+        """F (B, N, P) in the precision of the parameters, c (B, d), SD-DiT's logits (B, 1 + K, 8192) or None.
+
+        x         (B, N, P)  patches of the noisy image, scaled by c_in
+        c_noise   (B,)       ln(sigma) / 4
+        y         (B,)       labels; the number `classes` means dropped
+        visible   (B, K)     indices of the visible tokens; None: nothing is masked
+        fill      (B, N, P)  the patches that sddit and mcdit put at the masked positions
+        """
+        dtype = self.encoder.embed.pos.dtype
+        x, c_noise = x.to(dtype), c_noise.to(dtype)
+        c = self.encoder.condition(c_noise, y)                                # (B, d)
+        tokens = self.encoder(x, c, visible)                                  # (B, K, d) or (B, 1 + K, d)
+        logits = None
+        if self.encoder.cls is not None:
+            if self.head is not None and visible is not None:
+                logits = self.head(tokens)                                    # (B, 1 + K, 8192)
             tokens = tokens[:, 1:]                                            # (B, K, d)
-        if hasattr(self, 'decoder_blocks'):
-            values = self.decode(self.fill(tokens, visible, patches, c, gains), c)       # (B, N, P)
-        else:
-            values = self.final(tokens, c)                                    # (B, N, P)
-        return unpatchify(values, self.patch, self.outputs).to(self.pos.dtype), c, logits
+        if self.fill_with_patches and visible is not None:                    # past the encoder's blocks
+            filled = self.encoder.embed(fill.to(dtype))                       # (B, N, d)
+            tokens = put(filled.to(tokens.dtype), visible, tokens)            # (B, N, d)
+        return self.decoder(tokens, c, visible, gains).to(dtype), c, logits
+
+    def checkpoint_activations(self):
+        self.encoder.checkpointing = self.decoder.checkpointing = True
 
 
-TRAINING_ONLY = ('mask_token', 'side_block.', 'head.')     # name prefixes; tuning and sampling
-                                                                              # have no slot to fill
+TRAINING_ONLY = ('decoder.mask_token', 'decoder.side_block.', 'head.')       # name prefixes: tuning has none
 
 
-def initialise(net):
-    """DiT's: Xavier-uniform weights, zero biases, embeddings N(0, 0.02^2), zero gates and output."""
+def initialise(net, cfg):
+    """DiT's: Xavier-uniform weights, zero biases, embeddings N(0, 0.02^2), zero gates and output; MaskDiT's
+    bridge starts at zero too."""
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    small = [net.t_embed.fc1.weight, net.t_embed.fc2.weight]
-    small += [net.y_embed.weight] if net.y_embed is not None else []
-    small += [p for name, p in net.named_parameters()
-              if name in ('mask_token', 'cls', 'head.prototypes') or name.endswith('.bias') and p.ndim == 2]
-    for weight in small:
-        nn.init.normal_(weight, std=0.02)
-    for name, module in net.named_modules():
-        if name.endswith('modulation') or name == 'final.linear':          # adaLN-Zero: every block starts as
-            nn.init.zeros_(module.weight)                                     # the identity, and F as zero
-
-
-class EMADecoder(nn.Module):
-    """MC-DiT's branch network: an EMA copy of the decoder that is fed embedded patches, not encoder tokens.
-
-    The paper draws two of them, for noisy and for clean patches. They start equal and are updated alike, so
-    they stay equal for ever: one copy, run once on a batch of 2B, is both (786 M parameters in the paper's
-    table = 730 M + one decoder). Its parameters have the names they have in `Net`.
-    """
-
-    def __init__(self, net):
-        super().__init__()
-        self.patch, self.channels = net.patch, net.channels
-        self.patch_embed = copy.deepcopy(net.patch_embed)
-        self.bridge = copy.deepcopy(net.bridge)
-        self.register_buffer('pos', net.pos.detach().clone(), persistent=False)
-        self.decoder_blocks = copy.deepcopy(net.decoder_blocks)
-        self.final = copy.deepcopy(net.final)
-        self.register_buffer('decoder_pos', net.decoder_pos.detach().clone(), persistent=False)
-
-    decode, checkpoint_blocks = Net.decode, False
-
-    def forward(self, x, c):
-        """F_ema (B, C, H, W) of an image whose every token is embedded and none encoded."""
-        tokens = self.patch_embed(patchify(x, self.patch)) + self.pos         # (B, N, d)
-        tokens = self.bridge(tokens, c) + self.decoder_pos                    # (B, N, e)
-        values = self.decode(tokens, c)                                       # (B, N, P)
-        return unpatchify(values, self.patch, self.channels).to(self.decoder_pos.dtype)
-
-
-class EMAEncoder(nn.Module):
-    """SD-DiT's teacher: an EMA copy of the encoder and the head, and the centers of what it says.
-
-    Each center follows the teacher's mean logits, over the batches of all processes, once an optimizer step.
-    """
-
-    def __init__(self, net):
-        super().__init__()
-        self.patch = net.patch
-        for name in ('t_embed', 'y_embed', 'patch_embed', 'pos', 'cls', 'blocks', 'head'):
-            setattr(self, name, copy.deepcopy(getattr(net, name)))
-        self.register_buffer('centers', torch.zeros(2, PROTOTYPES))           # of [CLS], of patches
-        self.register_buffer('seen', torch.zeros(2, PROTOTYPES), persistent=False)   # since the last update
-        self.calls = 0
-
-    condition, encode, checkpoint_blocks = Net.condition, Net.encode, False
-
-    def forward(self, x, c_noise, y):
-        """Logits (B, 1 + N, 8192) of images that hide nothing; their means are remembered for the centers."""
-        x, c_noise = x.to(self.pos.dtype), c_noise.to(self.pos.dtype)
-        logits = self.head(self.encode(patchify(x, self.patch), self.condition(c_noise, y)))
-        self.seen += torch.stack([logits[:, 0].mean(0), logits[:, 1:].mean((0, 1))])
-        self.calls += 1
-        return logits
-
-    @torch.no_grad()
-    def update_centers(self, ok=None):
-        mean = self.seen / self.calls
-        if dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        if ok is not None:
-            mean = torch.where(ok, mean, self.centers)                        # what was seen may be infinite
-        self.centers.lerp_(mean, 1 - CENTER_MOMENTUM)
-        self.seen.zero_()
-        self.calls = 0
+    for name, parameter in net.named_parameters():
+        relative_bias = name.endswith('.bias') and parameter.ndim == 2        # MDT's tables
+        if relative_bias or name.endswith(('t_embed.fc1.weight', 't_embed.fc2.weight', 'y_embed.weight',
+                                           'mask_token', 'cls', 'prototypes')):
+            nn.init.normal_(parameter, std=0.02)
+        zero_bridge = name == 'decoder.bridge.linear.weight' and cfg.bridge == 'zero'
+        if zero_bridge or name.endswith('modulation.weight') or name == 'decoder.final.linear.weight':
+            nn.init.zeros_(parameter)
 
 
 def compile_blocks(net):
-    """Compile each block of a network or a teacher in its place, for one graph a shape: blocks of the same
+    """Compile each block of a network or a teacher in its place, for one graph per shape: blocks of the same
     shapes share it. Names of parameters stay, and a copy of the network is not compiled."""
-    torch._dynamo.config.optimize_ddp = False     # or DistributedDataParallel has each block cut in pieces
+    torch._dynamo.config.optimize_ddp = False     # or DistributedDataParallel cuts each block in pieces
     for module in net.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)
 
 
-def make_teacher(net, cfg):
-    """The second shadow of `net` that the method's loss consults, or None. No gradient ever reaches it."""
-    teacher = None
-    if cfg['stage'] == 'train' and cfg['method'] == 'sddit':
-        teacher = EMAEncoder(net)
-    elif cfg['stage'] == 'train' and cfg['method'] == 'mcdit' and (cfg['lambda_con1'] or cfg['lambda_con2']):
-        if cfg['teacher_encoder']:                                            # MC-DiT Table 12
-            teacher = copy.deepcopy(net)
-        else:
-            teacher = EMADecoder(net)
-    return teacher if teacher is None else teacher.requires_grad_(False).to(net.pos.device)
-
-
-def update_teacher(teacher, net, step, cfg, ok=None):
-    """What follows the optimizer's step number `step`, counted from 0. If that was skipped, which `ok` says
-    as for `update_ema`, nothing changes and what the teacher has seen is forgotten."""
-    decay = BRANCH_DECAY
-    if cfg['method'] == 'sddit':
-        decay = teacher_momentum(step / cfg['steps'])
-        teacher.update_centers(ok)
-    update_ema(teacher, net, decay, ok)
-
+# ------------------------------------------------------------------------------------- EMA and the teachers
+#
+# Two copies follow the network, with different decays and different jobs: `ema` (0.9999, all weights) is what
+# is sampled from; the teacher of sddit and mcdit is what their losses consult. No gradient reaches either.
 
 @torch.no_grad()
-def update_ema(shadow, net, decay, ok=None):
-    """shadow <- decay * shadow + (1 - decay) * net, for every parameter that the shadow has.
-
-    `ok` () bool, a tensor: if it is False the shadow stays as it is, and nobody waits for the device to
-    learn which.
-    """
-    source = dict(net.named_parameters())
-    names, values = zip(*shadow.named_parameters())
-    weight = 1 - decay
-    if ok is not None:                                     # on CUDA a launch for each, at a cost not measured
-        weight = [ok.to(values[0].dtype) * weight] * len(values)
-    torch._foreach_lerp_(list(values), [source[name] for name in names], weight)
+def update_ema(shadow, net, decay):
+    """shadow <- decay * shadow + (1 - decay) * net, parameter by parameter."""
+    torch._foreach_lerp_(list(shadow.parameters()), list(net.parameters()), 1 - decay)
 
 
 def ema_decay(step, decay=0.9999):
@@ -495,56 +457,130 @@ def ema_decay(step, decay=0.9999):
     return min(decay, (1 + step) / (10 + step))
 
 
-BRANCH_DECAY = 0.999                          # MC-DiT's EMA decoder
+BRANCH_DECAY = 0.999                          # MC-DiT section 4.1
 CENTER_MOMENTUM = 0.9                         # SD-DiT's centers
 
 
-def teacher_momentum(progress):
-    """SD-DiT's teacher: from 0.996 to 0.999 by a cosine as progress goes from 0 to 1."""
-    return 0.999 - 0.003 * (1 + math.cos(math.pi * progress)) / 2
+class EMADecoder(nn.Module):
+    """MC-DiT's branches: an EMA of the way from a patch to the output, without the encoder's blocks.
+
+    The paper draws two of them, for noisy and for clean patches. They start equal and are updated alike, so
+    they stay equal for ever: one copy, run once on a batch of 2B, serves both (the paper counts 786 M
+    parameters = 730 M + one decoder). With cfg.teacher_encoder the encoder is copied too (Table 12).
+    """
+
+    def __init__(self, net, cfg):
+        super().__init__()
+        self.whole = cfg.teacher_encoder
+        self.encoder = copy.deepcopy(net.encoder if self.whole else net.encoder.embed)
+        self.decoder = copy.deepcopy(net.decoder)
+
+    def forward(self, x, c, c_noise, y):
+        """F_ema (B, N, P) of patches (B, N, P) that are all embedded; c (B, d) is the student's."""
+        if self.whole:
+            c = self.encoder.condition(c_noise, y)
+            return self.decoder(self.encoder(x, c), c).to(x.dtype)
+        return self.decoder(self.encoder(x), c).to(x.dtype)
+
+    def update(self, net, progress, skipped):
+        """After each optimizer step."""
+        if not skipped:
+            update_ema(self.encoder, net.encoder if self.whole else net.encoder.embed, BRANCH_DECAY)
+            update_ema(self.decoder, net.decoder, BRANCH_DECAY)
+
+
+class EMAEncoder(nn.Module):
+    """SD-DiT's teacher: an EMA copy of encoder and head, and the centers of its logits, which follow the mean
+    logits over the batches of all ranks."""
+
+    def __init__(self, net, cfg):
+        super().__init__()
+        self.encoder, self.head = copy.deepcopy(net.encoder), copy.deepcopy(net.head)
+        self.register_buffer('centers', torch.zeros(2, PROTOTYPES))           # of [CLS], of patches
+        self.register_buffer('seen', torch.zeros(2, PROTOTYPES), persistent=False)   # since the last update
+        self.calls = 0
+
+    def forward(self, x, c_noise, y):
+        """Logits (B, 1 + N, 8192) of patches (B, N, P), nothing masked; their means go into the centers."""
+        logits = self.head(self.encoder(x, self.encoder.condition(c_noise, y)))
+        self.seen += torch.stack([logits[:, 0].mean(0), logits[:, 1:].mean((0, 1))])
+        self.calls += 1
+        return logits
+
+    @torch.no_grad()
+    def update(self, net, progress, skipped):
+        """After each optimizer step; `progress` is the share of training that is done."""
+        if not skipped:
+            decay = 0.999 - 0.003 * (1 + math.cos(math.pi * progress)) / 2    # 0.996 to 0.999 by a cosine
+            update_ema(self.encoder, net.encoder, decay)
+            update_ema(self.head, net.head, decay)
+            mean = self.seen / self.calls
+            if dist.is_initialized():
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+            self.centers.lerp_(mean, 1 - CENTER_MOMENTUM)
+        self.seen.zero_()
+        self.calls = 0
+
+
+def make_teacher(net, cfg):
+    """The module that the method's loss consults, or None."""
+    teacher = METHODS[cfg.method].teacher if cfg.stage == 'train' else None
+    if teacher is EMADecoder and not (cfg.lambda_con1 or cfg.lambda_con2):
+        teacher = None
+    return None if teacher is None else teacher(net, cfg).requires_grad_(False)
 
 
 # -------------------------------------------------------------------------------------------- EDM, Table 1
 
 P_MEAN, P_STD = -1.2, 1.2                     # ln sigma ~ N(P_mean, P_std^2)
 LABEL_DROPOUT = 0.1
-MASKDIT_LAMBDA = 0.1                          # weight of MaskDiT's reconstruction
 
 
 def precondition(sigma, sd):
-    """c_skip, c_out, c_in (B, 1, 1, 1) and c_noise (B,) for noise levels sigma (B,). EDM Table 1."""
-    s = sigma.view(-1, 1, 1, 1)
+    """c_skip, c_out, c_in (B, 1, 1) and c_noise (B,) for noise levels sigma (B,). EDM Table 1."""
+    s = sigma.view(-1, 1, 1)
     c_skip = sd ** 2 / (s ** 2 + sd ** 2)
     c_out = s * sd / (s ** 2 + sd ** 2).sqrt()
     c_in = 1 / (s ** 2 + sd ** 2).sqrt()
     return c_skip, c_out, c_in, sigma.log() / 4
 
 
-def unmasked_step(cfg, step):
-    """Whether nothing is masked in this step: a function of (seed, step) alone."""
-    share = cfg.get('unmasked', 0.0)
-    return bool(share) and torch.rand((), generator=generator('cpu', cfg['seed'], step, 'unmasked')).item() < share
-
-
 def loss_weight(sigma, sd):
-    """lambda(sigma) = 1 / c_out^2, (B, 1, 1, 1)."""
-    s = sigma.view(-1, 1, 1, 1)
+    """lambda(sigma) = 1 / c_out^2, (B, 1, 1)."""
+    s = sigma.view(-1, 1, 1)
     return (s ** 2 + sd ** 2) / (s * sd) ** 2
 
 
-def denoise(net, x, sigma, y, cfg, visible=None, patches=None):
-    """D(x; sigma), an estimate of the clean image. EDM eq. 7. By default every token is visible: inference.
+def denoise(net, xt, sigma, y, cfg, visible=None, clean=None, gains=(1.0, 1.0)):
+    """D (B, N, P), an estimate of the clean patches, with the c and logits of `Net.forward`. EDM eq. 7.
 
-    x (B, C, H, W), sigma (B,), y (B,); the result has the precision of x. Networks published under DDPM
-    predict eps and a variance: D = x - sigma eps(x / sqrt(sigma^2 + 1), t(sigma)), EDM Table 1, column VP.
+    xt (B, N, P) noisy patches, sigma (B,), y (B,). Without `visible` nothing is masked: inference. With it,
+    sddit fills masked positions with xt's own patches, and mcdit with `clean`: the denoiser's argument is
+    then the mixed image x_in, whose masked patches have no noise and so the c_in of sigma = 0, which is 1/sd.
     """
-    if cfg['diffusion'] == 'ddpm':
-        s = sigma.view(-1, 1, 1, 1)
-        eps = net(x / (s ** 2 + 1).sqrt(), ddpm_time(sigma), y, visible, patches)[0][:, :x.shape[1]]
-        return x - s * eps
-    c_skip, c_out, c_in, c_noise = precondition(sigma, cfg['sigma_data'])
-    F, *_ = net(c_in * x, c_noise, y, visible, patches)
-    return c_skip * x + c_out * F
+    sd = cfg.sigma_data
+    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+    x_in, fill = xt, c_in * xt
+    if clean is not None:
+        x_in, fill = put(clean, visible, take(xt, visible)), clean / sd
+    F, c, logits = net(c_in * xt, c_noise, y, visible, fill, gains)
+    return c_skip * x_in + c_out * F, c, logits
+
+
+def denoise_images(net, x, sigma, y, cfg, visible=None, clean=None):
+    """`denoise` for images (B, C, H, W), as the sampler wants it; the result has the precision of x.
+
+    Networks published under DDPM predict eps and a variance, and D = x - sigma eps(x / sqrt(sigma^2 + 1),
+    t(sigma)): EDM Table 1, column VP.
+    """
+    p, C = cfg.patch, cfg.channels
+    if cfg.diffusion == 'edm':
+        clean = None if clean is None else patchify(clean, p)
+        return unpatchify(denoise(net, patchify(x, p), sigma, y, cfg, visible, clean)[0], p, C)
+    s = sigma.view(-1, 1, 1, 1)
+    F, *_ = net(patchify(x / (s ** 2 + 1).sqrt(), p), ddpm_time(sigma), y, visible)
+    return x - s * unpatchify(F, p, 2 * C)[:, :C]
 
 
 def ddpm_sigmas(device='cpu'):
@@ -555,7 +591,7 @@ def ddpm_sigmas(device='cpu'):
 
 def ddpm_time(sigma):
     """t(sigma) in 0..999 for noise levels (B,), linear in ln sigma between the steps."""
-    steps = ddpm_sigmas(sigma.device).log()                                   # a copy would wait for the GPU
+    steps = ddpm_sigmas(sigma.device).log()
     s = sigma.double().log().clamp(steps[0], steps[-1])
     i = torch.searchsorted(steps, s).clamp(1, 999)
     return (i - 1 + (s - steps[i - 1]) / (steps[i] - steps[i - 1])).to(sigma.dtype)
@@ -563,10 +599,10 @@ def ddpm_time(sigma):
 
 def sigma_range(cfg):
     """The sampler's sigma_min and sigma_max: EDM Table 1, or the ends of DDPM's schedule."""
-    return (0.002, 80.0) if cfg['diffusion'] == 'edm' else (ddpm_sigmas()[0].item(), ddpm_sigmas()[-1].item())
+    return (0.002, 80.0) if cfg.diffusion == 'edm' else (ddpm_sigmas()[0].item(), ddpm_sigmas()[-1].item())
 
 
-# ---------------------------------------------------------------------------- the random numbers of a step
+# ----------------------------------------------------------------------------- the random numbers of a step
 
 def generator(device, *key):
     """A torch.Generator that is a function of `key` (numbers and strings) and of nothing else."""
@@ -574,480 +610,322 @@ def generator(device, *key):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], 'little'))
 
 
-def draw(cfg, step, batch, device='cpu'):
-    """Every random number that the loss of one step needs, for the whole global batch.
+def random_numbers(cfg, step, device='cpu'):
+    """Every random number that one step needs, for the whole global batch B = cfg.batch.
 
-    They depend on (seed, step, purpose) alone: processes and micro-batches slice their rows, so that any
-    number of them sees the same numbers, and a step can be repeated after a restart.
+    They are functions of (seed, step, purpose): ranks and micro-batches slice their rows, so any number of
+    them sees the same numbers. On another kind of device, or another model of GPU, the numbers are others.
 
-    sigma (B,)    noise    noise (B, C, H, W) of unit variance    drop (B,) bool: forget the label
-    order (B, N)  a permutation of the tokens; its first K are visible
-    noise2, drop2 where the method's row of METHODS says so     progress (B,)  step / steps, in every row
+    sigma (B,)        noise levels              noise (B, N, P)        unit variance
+    visible (B, K)    indices of the tokens     masked (B, N - K)      the others
+    drop (B,) bool    drop the label            progress (B,)          share of the training that is done
+    noise2, drop2     second draws, where METHODS asks for them
+    latent (B, C, H, W)    unit variance: samples a VAE's moments, where the data has them
     """
     def rng(purpose):
-        return generator(device, cfg['seed'], step, purpose)
+        return generator(device, cfg.seed, step, purpose)
 
-    C, H, p = cfg['channels'], cfg['resolution'], parse_size(cfg['model'])[2]
-    normal = torch.randn(batch, generator=rng('sigma'), device=device)
-    draws = {'sigma': (P_MEAN + P_STD * normal).exp(),
-             'order': torch.rand(batch, (H // p) ** 2, generator=rng('order'), device=device).argsort(1),
-             'progress': torch.full((batch,), step / cfg['steps'], device=device)}
-    for name in ('noise', 'drop', *(METHODS[cfg['method']]['draws'] if cfg['stage'] == 'train' else ())):
+    B, shape = cfg.batch, (cfg.batch, cfg.channels, cfg.resolution, cfg.resolution)
+    order = torch.rand(B, cfg.N, generator=rng('order'), device=device).argsort(1)
+    r = {'sigma': (P_MEAN + P_STD * torch.randn(B, generator=rng('sigma'), device=device)).exp(),
+         'visible': order[:, :cfg.K], 'masked': order[:, cfg.K:],
+         'progress': torch.full((B,), step / cfg.steps, device=device)}
+    second = METHODS[cfg.method].second_draws if cfg.stage == 'train' else ()
+    for name in ('noise', 'drop', *second):
         if name.startswith('noise'):
-            draws[name] = torch.randn(batch, C, H, H, generator=rng(name), device=device)
+            r[name] = patchify(torch.randn(shape, generator=rng(name), device=device), cfg.patch)
         else:
-            draws[name] = torch.rand(batch, generator=rng(name), device=device) < LABEL_DROPOUT
-    return draws
+            r[name] = torch.rand(B, generator=rng(name), device=device) < LABEL_DROPOUT
+    if cfg.kind == 'moments':
+        r['latent'] = torch.randn(shape, generator=rng('latent'), device=device)
+    return r
 
 
 # ---------------------------------------------------------------------------------------------- the losses
 #
-# One signature: loss(net, teacher, x, y, draws, cfg) -> (loss, parts). x (B, C, H, W) clean images, y (B,)
-# labels, draws as above with B rows. `parts` are detached numbers for the log. The net may be wrapped by
-# DistributedDataParallel, so it is only ever called.
+# loss(net, teacher, x0, y, r, cfg) -> {name: (weight, value)}: the loop minimises the sum of weight * value
+# and logs the values. x0 (B, N, P) clean patches, y (B,) labels, r the rows of `random_numbers`. Values of
+# weight 0 are for the log. The net may be wrapped by DistributedDataParallel, so it is only ever called.
 
-def drop_labels(y, draws, cfg, again=''):
-    return torch.where(draws['drop' + again], cfg['classes'], y)
-
-
-def split_tokens(draws, cfg):
-    """Indices of the visible (B, K) and the masked tokens (B, N - K)."""
-    K = visible_count(draws['order'].shape[1], cfg['mask_ratio'])
-    return draws['order'][:, :K], draws['order'][:, K:]
+def corrupt(x0, y, r, cfg, second=''):
+    """Noisy patches xt (B, N, P), and labels of which a tenth is dropped."""
+    xt = x0 + r['sigma'].view(-1, 1, 1) * r['noise' + second]
+    return xt, torch.where(r['drop' + second], cfg.classes, y)
 
 
-def mean_over(e, index, p):
-    """Mean of e (B, C, H, W) over the tokens at `index` (B, K): METHOD's vis(e) and msk(e)."""
-    return take(patchify(e, p), index).mean()
+def dit_loss(net, teacher, x0, y, r, cfg):
+    """w (D(xt) - x0)^2 over all tokens, nothing masked. EDM eq. 8; unmasked tuning minimises it too."""
+    xt, y = corrupt(x0, y, r, cfg)
+    D, *_ = denoise(net, xt, r['sigma'], y, cfg)
+    return {'denoise': (1.0, (loss_weight(r['sigma'], cfg.sigma_data) * (D - x0) ** 2).mean())}
 
 
-def dit_loss(net, teacher, x0, y, draws, cfg):
-    """w (D(xt) - x0)^2, over all tokens. EDM eq. 8; also what unmasked tuning minimises."""
-    sigma, sd = draws['sigma'], cfg['sigma_data']
-    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
-    D = denoise(net, xt, sigma, drop_labels(y, draws, cfg), cfg)
-    loss = (loss_weight(sigma, sd) * (D - x0) ** 2).mean()
-    return loss, {'denoise': loss.detach()}
+MASKDIT_LAMBDA = 0.1                          # weight of MaskDiT's reconstruction
 
 
-def patch_norm(x, p):
-    """Each patch of x (B, C, H, W) with zero mean and unit (unbiased) variance."""
-    patches = patchify(x, p)
-    patches = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
-    return unpatchify(patches, p, x.shape[1])
+def maskdit_loss(net, teacher, x0, y, r, cfg):
+    """Denoise the visible tokens; reconstruct the masked noisy ones, each patch normalised."""
+    visible, masked, w = r['visible'], r['masked'], loss_weight(r['sigma'], cfg.sigma_data)
+    xt, y = corrupt(x0, y, r, cfg)
+    D, *_ = denoise(net, xt, r['sigma'], y, cfg, visible)
+    target = (xt - xt.mean(2, keepdim=True)) / (xt.var(2, keepdim=True) + 1e-6).sqrt()   # unbiased variance
+    return {'denoise': (1.0, take(w * (D - x0) ** 2, visible).mean()),
+            'reconstruct': (MASKDIT_LAMBDA, take((D - target) ** 2, masked).mean())}     # no w, as published
 
 
-def maskdit_loss(net, teacher, x0, y, draws, cfg):
-    """Denoise the visible tokens; reconstruct the noisy masked ones, each patch normalised."""
-    sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
-    visible, masked = split_tokens(draws, cfg)
-    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
-    D = denoise(net, xt, sigma, drop_labels(y, draws, cfg), cfg, visible)
-    denoised = mean_over(loss_weight(sigma, sd) * (D - x0) ** 2, visible, p)
-    rebuilt = mean_over((D - patch_norm(xt, p)) ** 2, masked, p)              # without w, as published
-    loss = denoised + MASKDIT_LAMBDA * rebuilt
-    return loss, {'denoise': denoised.detach(), 'reconstruct': rebuilt.detach()}
-
-
-def mdt_loss(net, teacher, x0, y, draws, cfg):
-    """DiT's loss over all tokens, twice: nothing masked, then masked. The same images and noise levels, other
-    noise and other dropped labels. MDT section 4.4, under EDM."""
-    sigma, sd = draws['sigma'], cfg['sigma_data']
-    visible, _ = split_tokens(draws, cfg)
-    parts = {}
-    for name, again, seen in (('full', '', None), ('masked', '2', visible)):
-        xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise' + again]
-        D = denoise(net, xt, sigma, drop_labels(y, draws, cfg, again), cfg, seen)
-        parts[name] = (loss_weight(sigma, sd) * (D - x0) ** 2).mean()
-    return parts['full'] + parts['masked'], {name: part.detach() for name, part in parts.items()}
+def mdt_loss(net, teacher, x0, y, r, cfg):
+    """DiT's loss over all tokens twice, unmasked and masked: the same images and noise levels, independent
+    noise and label dropout. MDT section 4.4, under EDM."""
+    terms, w = {}, loss_weight(r['sigma'], cfg.sigma_data)
+    for name, second, visible in (('full', '', None), ('masked', '2', r['visible'])):
+        xt, labels = corrupt(x0, y, r, cfg, second)
+        D, *_ = denoise(net, xt, r['sigma'], labels, cfg, visible)
+        terms[name] = (1.0, (w * (D - x0) ** 2).mean())
+    return terms
 
 
 TEACHER_SIGMA = 0.002                         # SD-DiT: the teacher sees nearly clean images
 STUDENT_TEMPERATURE = 0.1
 
 
-def teacher_temperature(progress):
-    """From 0.04 to 0.07 over the first tenth of training."""
-    return 0.04 + 0.03 * (progress / 0.1).clamp(max=1)
-
-
-def cross_entropy(logits, said, temperature):
-    """H(P_T, P_S) and H(P_T) for each token, (.., K) -> (..): the student's logits against what the teacher
-    said. SD-DiT eq. 11. `temperature` is the teacher's, and broadcasts."""
-    log_P = (said / temperature).log_softmax(-1)
-    crossed = -(log_P.exp() * (logits / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)
-    return crossed, -(log_P.exp() * log_P).sum(-1)
-
-
-def sddit_loss(net, teacher, x0, y, draws, cfg):
-    """L_G, DiT's loss over all tokens, and L_D, which asks the student's visible tokens and [CLS] to say what
-    the teacher says of the nearly clean image. SD-DiT eq. 9 to 12."""
-    sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
-    visible, _ = split_tokens(draws, cfg)
-    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
-    y = drop_labels(y, draws, cfg)
-    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
-    F, _, logits = net(c_in * xt, c_noise, y, visible, patchify(c_in * xt, p))
-    D = c_skip * xt + c_out * F
-    generate = (loss_weight(sigma, sd) * (D - x0) ** 2).mean()
+def sddit_loss(net, teacher, x0, y, r, cfg):
+    """L_G, DiT's loss over all tokens, and L_D: the student's visible tokens and [CLS] match the prototype
+    distributions of the teacher, which sees the whole, nearly clean image. SD-DiT eq. 9 to 12."""
+    visible, w = r['visible'], loss_weight(r['sigma'], cfg.sigma_data)
+    xt, y = corrupt(x0, y, r, cfg)
+    D, _, logits = denoise(net, xt, r['sigma'], y, cfg, visible)
 
     with torch.no_grad():
-        _, _, c_in, c_noise = precondition(torch.full_like(sigma, TEACHER_SIGMA), sd)
-        centers = teacher.centers.clone()                                     # those of the steps before
-        said = teacher(c_in * (x0 + TEACHER_SIGMA * draws['noise2']), c_noise, y)        # (B, 1 + N, 8192)
-        said = torch.cat([said[:, :1] - centers[0], take(said[:, 1:], visible) - centers[1]], dim=1)
-    crossed, entropy = cross_entropy(logits, said, teacher_temperature(draws['progress']).view(-1, 1, 1))
-    discriminate = crossed[:, 0].mean() + crossed[:, 1:].mean()               # [CLS] + patches, eq. 12
-    parts = {'generate': generate, 'discriminate': discriminate,            # a collapsed teacher shows in the
-             'teacher_entropy': entropy[:, 1:].mean(),                     # entropy: ln 8192 = 9.01 or 0, and
-             'kl': (crossed - entropy)[:, 1:].mean()}                         # in a kl of 0
-    return generate + discriminate, {name: part.detach() for name, part in parts.items()}
+        _, _, c_in, c_noise = precondition(torch.full_like(r['sigma'], TEACHER_SIGMA), cfg.sigma_data)
+        cls_center, patch_center = teacher.centers                            # of the steps before
+        target = teacher(c_in * (x0 + TEACHER_SIGMA * r['noise2']), c_noise, y)    # (B, 1 + N, 8192)
+        target = torch.cat([target[:, :1] - cls_center, take(target[:, 1:], visible) - patch_center], dim=1)
+        temperature = 0.04 + 0.03 * (r['progress'] / 0.1).clamp(max=1)        # 0.04 rises to 0.07
+        log_P = (target / temperature.view(-1, 1, 1)).log_softmax(-1)         # (B, 1 + K, 8192)
+        entropy = -(log_P.exp() * log_P).sum(-1)                              # (B, 1 + K)
+    cross = -(log_P.exp() * (logits / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)      # SD-DiT eq. 11
+    return {'generate': (1.0, (w * (D - x0) ** 2).mean()),
+            'discriminate': (1.0, cross[:, 0].mean() + cross[:, 1:].mean()),  # [CLS] + patches, eq. 12
+            'teacher_entropy': (0.0, entropy[:, 1:].mean()),              # ln 8192 = 9.01 or 0, or a kl of 0:
+            'kl': (0.0, (cross.detach() - entropy)[:, 1:].mean())}        # the teacher has collapsed
 
 
 TOKEN_GAINS = {'both': (1.0, 1.0), 'noisy': (1.0, 0.0), 'clean': (0.0, 1.0)}  # MC-DiT Table 10
 
 
-def mcdit_branches(net, teacher, x0, y, draws, cfg):
-    """What the EMA decoder makes of the image if every patch of it is noisy, and if every patch is clean:
-    D_noisy and D_clean (B, C, H, W) under the names of their losses. One pass makes both."""
-    sigma, sd = draws['sigma'], cfg['sigma_data']
-    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
-    y = drop_labels(y, draws, cfg)
-    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
-    uses = [(name, x) for name, x in (('con1', xt), ('con2', x0)) if cfg['lambda_' + name]]
-    if not uses:
-        return {}
-    inputs = torch.cat([c_in * x if name == 'con1' else x / sd for name, x in uses])    # (2B, C, H, W)
-    if cfg['teacher_encoder']:
-        with torch.no_grad():
-            F, *_ = teacher(inputs, c_noise.repeat(len(uses)), y.repeat(len(uses)))
-    else:
-        c = net(None, c_noise, y)[1].detach()                          # no_grad could leave autocast with
-        with torch.no_grad():                                          # casts that the main branch reuses
-            F = teacher(inputs, c.repeat(len(uses), 1))                # and that have no graph
-    return {name: c_skip * x + c_out * F_ema for (name, x), F_ema in zip(uses, F.chunk(len(uses)))}
-
-
-def mcdit_student(net, x0, y, draws, cfg, gains):
-    """What the main branch makes of the mixed image, with what it was made from.
-
-    D_theta (B, C, H, W), the noisy image xt, and (visible, masked).
-    """
-    sigma, sd, p = draws['sigma'], cfg['sigma_data'], parse_size(cfg['model'])[2]
-    visible, masked = split_tokens(draws, cfg)
-    c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
-    y = drop_labels(y, draws, cfg)
-    xt = x0 + sigma.view(-1, 1, 1, 1) * draws['noise']
-    x_in = unpatchify(put(patchify(x0, p), visible, take(patchify(xt, p), visible)), p, x0.shape[1])
-    F, *_ = net(c_in * xt, c_noise, y, visible, patchify(x0 / sd, p), gains)  # 1/sd is c_in at sigma = 0
-    return c_skip * x_in + c_out * F, xt, (visible, masked)
-
-
-def mcdit_loss(net, teacher, x0, y, draws, cfg):
+def mcdit_loss(net, teacher, x0, y, r, cfg):
     """Clean-to-clean reconstruction, kept from collapsing by two uses of the EMA decoder. MC-DiT eq. 8-12."""
-    p = parse_size(cfg['model'])[2]
-    w = loss_weight(draws['sigma'], cfg['sigma_data'])
-    branches = mcdit_branches(net, teacher, x0, y, draws, cfg)                # while memory is empty: first
-    D, xt, (visible, masked) = mcdit_student(net, x0, y, draws, cfg, TOKEN_GAINS[cfg['tokens']])
+    visible, masked, sigma, sd = r['visible'], r['masked'], r['sigma'], cfg.sigma_data
+    w = loss_weight(sigma, sd)
+    xt, y = corrupt(x0, y, r, cfg)
+    D, c, _ = denoise(net, xt, sigma, y, cfg, visible, clean=x0, gains=TOKEN_GAINS[cfg.tokens])    # D_theta
 
-    clean = mean_over(w * (D - x0) ** 2, visible, p)                          # eq. 8
-    parts = {'clean': clean}
-    if cfg['all_clean']:                                                      # Table 6, its third row
-        loss = (w * (D - x0) ** 2).mean()
-    elif cfg['lambda_noise']:
-        parts['noise'] = mean_over((D - xt) ** 2, masked, p)                  # eq. 9
-        parts['noise_above_floor'] = parts['noise'] - mean_over((xt - x0) ** 2, masked, p)
-        loss = clean + cfg['lambda_noise'] * parts['noise']                # nobody sees n there: E[n^2] stays
-    else:
-        loss = clean
+    terms = {'clean': (1.0, take(w * (D - x0) ** 2, visible).mean())}         # eq. 8
+    if cfg.all_clean:                                                         # Table 6, third row
+        terms = {'clean': (0.0, terms['clean'][1].detach()), 'all_clean': (1.0, (w * (D - x0) ** 2).mean())}
+    elif cfg.lambda_noise:
+        noise = take((D - xt) ** 2, masked).mean()                            # eq. 9: nobody sees this noise,
+        floor = take((xt - x0) ** 2, masked).mean()                           # so its square stays
+        terms |= {'noise': (cfg.lambda_noise, noise), 'noise_above_floor': (0.0, noise.detach() - floor)}
 
-    for name, D_ema in branches.items():
-        parts[name] = mean_over(w * (D - D_ema) ** 2, visible, p)             # eq. 10, 11
-        loss = loss + cfg['lambda_' + name] * parts[name]                     # eq. 12
-    return loss, {name: part.detach() for name, part in parts.items()}
+    if teacher is not None:                                                   # both branches in one pass
+        c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
+        branches = [branch for branch in (('con1', cfg.lambda_con1, xt, c_in * xt),      # D_noisy, eq. 10
+                                          ('con2', cfg.lambda_con2, x0, x0 / sd))        # D_clean, eq. 11
+                    if branch[1]]
+        n = len(branches)
+        with torch.no_grad():
+            F = teacher(torch.cat([x for *_, x in branches]), c.detach().repeat(n, 1), c_noise.repeat(n),
+                        y.repeat(n))
+        for (name, weight, skip, _), F_ema in zip(branches, F.chunk(n)):
+            D_ema = c_skip * skip + c_out * F_ema
+            terms[name] = (weight, take(w * (D - D_ema) ** 2, visible).mean())           # eq. 12
+    return terms
 
 
-@torch.no_grad()
-def collapse(net, x0, y, draws, cfg):
-    """How much of the visible output rests on the encoder, and how much on the clean patches.
+class Method(NamedTuple):
+    """Every difference between the methods; no other line of the project asks for a method's name."""
 
-    Sums of squares on the visible tokens, for rms(D - D_zeroed) / rms(D): a dictionary of scalars `output`
-    and, for what changes where one is zeroed, `encoder` and `patches`. A decoder that has learnt to
-    read the clean patches and ignore the encoder shows as `encoder` near 0.
-    """
-    p, gains = parse_size(cfg['model'])[2], TOKEN_GAINS[cfg['tokens']]
-    D, _, (visible, _) = mcdit_student(net, x0, y, draws, cfg, gains)
-    sums = {'output': take(patchify(D ** 2, p), visible).sum()}
-    for name, gains in (('encoder', (0.0, gains[1])), ('patches', (gains[0], 0.0))):
-        D_zeroed = mcdit_student(net, x0, y, draws, cfg, gains)[0]
-        sums[name] = take(patchify((D - D_zeroed) ** 2, p), visible).sum()
-    return sums
+    loss: Callable                            # (net, teacher, x0, y, r, cfg) -> terms
+    fill: str | None                          # masked positions get: 'token', 'side' block's, 'patch'
+    decoder: str                              # 'none', 'narrow', or the encoder's 'own' last blocks
+    mask_ratio: float
+    lr: float = 1e-4
+    teacher: type | None = None               # EMADecoder or EMAEncoder
+    cls: bool = False                         # a [CLS] token and a projection head
+    second_draws: tuple = ()                  # of `random_numbers`
+    context: Callable | None = None           # x0 (B, N, P) -> the clean patches that fill, if any do
+    inpaint: str | None = None                # known tokens are 'visible' (held), or the clean 'context'
+    flags: tuple = ()                         # of train.py, besides those that every method reads
 
 
 METHODS = {
-    'dit': dict(fill=None, decoder=None, loss=dit_loss, draws=(),
-                defaults=dict(mask_ratio=0.0, lr=1e-4)),
-    'maskdit': dict(fill='token', decoder='narrow', loss=maskdit_loss, draws=(),
-                    defaults=dict(mask_ratio=0.5, lr=1e-4, bridge='zero', unmasked=0.0)),
-    'mdt': dict(fill='side', decoder='own', loss=mdt_loss, draws=('noise2', 'drop2'),
-                defaults=dict(mask_ratio=0.3, lr=3e-4)),
-    'sddit': dict(fill='noisy', decoder='narrow', loss=sddit_loss, draws=('noise2',),
-                  defaults=dict(mask_ratio=0.2, lr=1e-4, bridge='zero')),
-    'mcdit': dict(fill='clean', decoder='narrow', loss=mcdit_loss, draws=(),
-                  defaults=dict(mask_ratio=0.5, lr=1e-4, lambda_noise=0.1, lambda_con1=0.1, lambda_con2=0.05,
-                                tokens='both', all_clean=False, teacher_encoder=False,
-                                bridge='zero', unmasked=0.0)),
+    'dit': Method(dit_loss, fill=None, decoder='none', mask_ratio=0.0),
+    'maskdit': Method(maskdit_loss, fill='token', decoder='narrow', mask_ratio=0.5, inpaint='visible',
+                      flags=('mask_ratio', 'bridge', 'unmasked')),
+    'mdt': Method(mdt_loss, fill='side', decoder='own', mask_ratio=0.3, lr=3e-4,
+                  second_draws=('noise2', 'drop2'), inpaint='visible', flags=('mask_ratio',)),
+    'sddit': Method(sddit_loss, fill='patch', decoder='narrow', mask_ratio=0.2, teacher=EMAEncoder, cls=True,
+                    second_draws=('noise2',), flags=('mask_ratio', 'bridge')),
+    'mcdit': Method(mcdit_loss, fill='patch', decoder='narrow', mask_ratio=0.5, teacher=EMADecoder,
+                    context=lambda x0: x0, inpaint='context',
+                    flags=('mask_ratio', 'bridge', 'unmasked', 'lambda_noise', 'lambda_con1', 'lambda_con2',
+                           'all_clean', 'tokens', 'teacher_encoder')),
 }
 
 
-# ------------------------------------------------------------------- reading checkpoints, ours and published
+def loss_of_step(cfg, step):
+    """The method's loss; DiT's in tuning, and in the share cfg.unmasked of the steps of training, which are a
+    function of (seed, step). That share is ours, in no paper: eq. 8 of MC-DiT teaches E[x0_visible |
+    xt_visible, x0_masked, y], and the sampler needs E[x0 | xt, y]."""
+    if cfg.stage == 'tune':
+        return dit_loss
+    draw = torch.rand((), generator=generator('cpu', cfg.seed, step, 'unmasked')).item()
+    return dit_loss if draw < cfg.unmasked else METHODS[cfg.method].loss
+
+
+@torch.no_grad()
+def collapse(net, x0, xt, sigma, y, visible, cfg):
+    """How much the output on visible tokens depends on the encoder, and how much on the clean patches.
+
+    Sums of squares for rms(D - D_zeroed) / rms(D), scalars: `output`, and the change where `encoder` or
+    `patches` is zeroed. A decoder that reads the clean patches and ignores the encoder has `encoder` near 0.
+    """
+    clean, (on_encoder, on_patches) = METHODS[cfg.method].context(x0), TOKEN_GAINS[cfg.tokens]
+    D, D_patches, D_encoder = (
+        take(denoise(net, xt, sigma, y, cfg, visible, clean, gains)[0], visible)         # (B, K, P)
+        for gains in ((on_encoder, on_patches), (0.0, on_patches), (on_encoder, 0.0)))
+    return {'output': (D ** 2).sum(), 'encoder': ((D - D_patches) ** 2).sum(),
+            'patches': ((D - D_encoder) ** 2).sum()}
+
+
+# ------------------------------------------------------------------------------------ checkpoints, ours
 
 def read_checkpoint(path):
-    """The dictionary in a checkpoint: `ema`, `step`, `config`, and where training left them `model`,
-    `teacher`, `opt`, `loss_scale`. Published weights of MaskDiT, DiT and MDT are translated. Never runs code
-    from the file. Raises BadInput with what is wrong."""
+    """The dictionary in a checkpoint: `ema`, `step`, `config` (a Config) and, where training wrote it,
+    `model`, `teacher`, `opt`, `scaler`. Published weights are translated. Never runs code from the file, and
+    maps it into memory instead of reading it. Raises BadInput."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            if any(part.compress_type for part in parts) \
-                    or sum(part.file_size for part in parts) > os.path.getsize(path):
-                raise BadInput(f'{path} unpacks to more than its size, and torch packs nothing: it is '
-                               f'damaged, or made to fill the memory')
-            broken = archive.testzip()           # torch.load sees no flipped byte; the archive's CRC-32s do
-        if broken:
-            raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
-        with torch.serialization.safe_globals([argparse.Namespace]):       # DiT and MaskDiT keep their `args`
-            state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)    # 11 GB at XL
+        with torch.serialization.safe_globals([argparse.Namespace]):      # DiT and MaskDiT keep their `args`
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except FileNotFoundError:
         raise BadInput(f'there is no checkpoint {path}: give a file such as out/0010000.pt') from None
-    except OSError as error:
-        raise BadInput(f'{path} cannot be read: {error.strerror or error}') from None
-    except BadInput:
-        raise
-    except pickle.UnpicklingError:
-        raise BadInput(f'{path} is no checkpoint, or damaged, or opening it would run code from the file: it '
-                       f'holds more than tensors and plain values') from None
-    except Exception as error:                                         # what torch raises here has many types
-        raise BadInput(f'{path} is not a checkpoint or is truncated ({type(error).__name__})') from None
+    except Exception as error:                                                # torch raises many types here
+        raise BadInput(f'{path} is not a checkpoint, or is truncated, or holds more than tensors and plain '
+                       f'values ({type(error).__name__})') from None
     if not (isinstance(state, dict) and {'ema', 'step', 'config'} <= state.keys()):
-        try:
-            state = translate(state)
-        except Exception as error:                                            # strange tensors raise anything
-            why = error if isinstance(error, BadInput) else type(error).__name__
-            raise BadInput(f'{path} is not a checkpoint of train.py or finetune.py, nor of another program '
-                           f'that is known here: {why}') from None
-    wrong = mistaken(state['step'], state['config'])
-    if wrong:
-        raise BadInput(f'{path} is not a checkpoint that train.py or finetune.py wrote: its {wrong}')
-    return state
-
-
-SIGMA_DATA = 1e-3, 1e3                        # least and greatest
-
-
-def one_of(*words):
-    return lambda value: type(value) is str and value in words
-
-
-def whole(low, high):
-    return lambda value: type(value) is int and low <= value <= high
-
-
-CONFIG = {                                    # what all rely on; a file from elsewhere may say anything
-    'stage': one_of('train', 'tune'),
-    'method': one_of(*METHODS),
-    'model': lambda value: type(value) is str,
-    'diffusion': one_of('edm', 'ddpm'),
-    'data': lambda value: value is None or type(value) is str,
-    'resolution': whole(1, 10_000),
-    'channels': whole(1, 10_000),
-    'classes': whole(0, 1_000_000),
-    'class_names': lambda value: type(value) is list and all(map(str.isprintable, value)),
-    'sigma_data': lambda value: type(value) in (int, float) and SIGMA_DATA[0] <= value <= SIGMA_DATA[1],
-    'ema_step': whole(0, 2 ** 53),
-    'seed': whole(0, 2 ** 63 - 1)}
-
-
-def mistaken(step, cfg):
-    """What is wrong with a checkpoint's step and configuration, in words, or None."""
-    if not whole(0, 2 ** 53)(step) or not isinstance(cfg, dict):
-        return f'step is {reprlib.repr(step)} and its configuration a {type(cfg).__name__}'
-    for name, value in cfg.items():
-        words = type(value) is list and all(type(part) is str for part in value)
-        plain = words or value is None or type(value) in (str, int, float, bool)
-        if type(name) is not str or not plain or name in CONFIG and not CONFIG[name](value):
-            return f'configuration has {reprlib.repr(name)}: {reprlib.repr(value)}'
-    lacks = [name for name in CONFIG if name not in cfg and name != 'seed']   # published weights have no seed
-    if lacks:
-        return f'configuration does not say {lacks[0]}'
-    if len(cfg['class_names']) not in (0, cfg['classes']):
-        return f'configuration names {len(cfg["class_names"])} of {cfg["classes"]} classes'
-    return None
+        return translate(state, path)
+    check('encoder.embed.linear.weight' in state['ema'], f'{path} was written by the first edition of this '
+          f'code, whose networks are others: train again, or use commit 4fdd509 to sample from it')
+    known = {field.name for field in dataclasses.fields(Config)}
+    newer = sorted(state['config'].keys() - known)
+    check(not newer, f'{path} was written by a later version of this code: its configuration has {newer}')
+    return state | {'config': Config(**state['config'])}
 
 
 def load_net(path, device='cpu'):
-    """(net, cfg) for inference from the EMA weights of a checkpoint. Raises BadInput."""
+    """(net, cfg) for inference with the EMA weights of a checkpoint. Raises BadInput."""
     state = read_checkpoint(path)
-    net = empty_net(state, path)
-    net.load_state_dict(state['ema'])
-    return net.to(device).eval().requires_grad_(False), state['config']
+    return fit(state['ema'], state['config'], path).to(device).eval().requires_grad_(False), state['config']
 
 
-def empty_net(state, path):
-    """The network of what `read_checkpoint` gave, its memory not yet written. Raises BadInput if the weights
-    there do not fit it."""
-    cfg = state['config']
-    (_, d, _), _, p = parse_size(cfg['model'])
-    largest = d * max((cfg['resolution'] // p) ** 2, p * p * cfg['channels'], cfg['classes'])
-    if 2 * largest > os.path.getsize(path):                               # before anything so large is made
-        raise BadInput(f'{path} has a configuration of {largest:,} numbers in one table alone, and '
-                       f'{os.path.getsize(path):,} bytes: it is damaged, or made to fill the memory')
-    with torch.device('meta'):                                                # no random numbers for nothing
+def fit(weights, cfg, path):
+    """A network of `cfg` with `weights`. Raises BadInput if they do not fit."""
+    with torch.device('meta'):                                                # no memory, no random numbers
         net = Net(cfg)
-    net.to_empty(device='cpu')
-    for name in ('ema', 'model'):
-        wrong = differences(state[name], net.state_dict()) if name in state else None
-        if wrong:
-            raise BadInput(f'{path} has weights that do not fit its own configuration: of the tensors in '
-                           f'`{name}` there are {wrong}')
+    try:
+        net.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise BadInput(f'{path} does not fit a {cfg.method} {cfg.model}: '
+                       + ' '.join(str(error).split())[:300]) from None
     return net
 
 
-def differences(found, wanted):
-    """How named tensors differ from those wanted, in words, or None."""
-    if not isinstance(found, dict):
-        return 'none at all'
-    lacks, more = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
-    odd = [k for k in wanted if k in found and not alike(found[k], wanted[k])]
-    return '; '.join(f'{len(keys)} {what}, such as {" ".join(str(keys[0])[:99].split())}' for what, keys in
-                     (('missing', lacks), ('too many', more), ('of other shapes', odd)) if keys) or None
+# ------------------------------------------------------------------------- checkpoints, published by others
+#
+# MaskDiT, DiT and MDT version 1 by their authors' files. Nobody needs this to understand the methods.
 
-
-def alike(found, wanted):
-    """Whether `found` is a tensor of numbers in the shape of `wanted`, every one of them in the file."""
-    return (isinstance(found, torch.Tensor) and found.is_floating_point() and found.shape == wanted.shape
-            and found.layout == torch.strided and found.device.type in ('cpu', wanted.device.type)
-            and found.nbytes <= found.untyped_storage().nbytes())
-
-
-LONG_AGO = 1_000_000                          # the step of published weights: long past the EMA's warm-up
+LONG_AGO = 1_000_000                          # the step of published weights: past the EMA's warm-up
 OFFICIAL_NAMES = (                            # theirs, ours; applied in this order
-    ('x_embedder.proj.', 'patch_embed.'),
-    ('t_embedder.mlp.0.', 't_embed.fc1.'),
-    ('t_embedder.mlp.2.', 't_embed.fc2.'),
-    ('y_embedder.embedding_table.', 'y_embed.'),
-    ('decoder_pos_embed', 'decoder_pos'),
-    ('pos_embed', 'pos'),
-    ('decoder_layer.', 'bridge.'),
-    ('final_layer.', 'final.'),
-    ('sideblocks.0.', 'side_block.'),
+    ('x_embedder.proj.', 'encoder.embed.linear.'),
+    ('t_embedder.mlp.0.', 'encoder.t_embed.fc1.'),
+    ('t_embedder.mlp.2.', 'encoder.t_embed.fc2.'),
+    ('y_embedder.embedding_table.', 'encoder.y_embed.'),
+    ('decoder_pos_embed', 'decoder.pos'),
+    ('pos_embed', 'encoder.embed.pos'),
+    ('mask_token', 'decoder.mask_token'),
+    ('decoder_layer.', 'decoder.bridge.'),
+    ('final_layer.', 'decoder.final.'),
+    ('sideblocks.0.', 'decoder.side_block.'),
+    ('decoder_blocks.', 'decoder.blocks.'),
     ('adaLN_modulation.1.', 'modulation.'),
     ('.mlp.fc', '.fc'),
     ('.attn.rel_pos_bias.relative_position_bias_table', '.bias'),
     ('.attn.', '.'))
 
 
-def translate(state):
-    """A published file's content as a checkpoint of ours. Raises BadInput: the nearest match, and why."""
-    flat = state if isinstance(state, dict) else {}
-    both = {name: flat[name] for name in ('ema', 'model') if isinstance(flat.get(name), dict)}
-    both = both or {'ema': flat}                                              # or the weights alone
-    both = {name: {strip(key): value for key, value in weights.items()
-                   if isinstance(key, str) and isinstance(value, torch.Tensor)}
-            for name, weights in both.items()}
-    weights = both.get('ema') or both.get('model') or {}
-    if any(key.startswith('en_inblocks.') for key in weights):
-        raise BadInput('it is MDT version 2, another network; version 1 (mdt_xl2_v1_ckpt.pt) is known')
-    try:
-        cfg = recognise(weights)
-    except BadInput:
-        raise
-    except (KeyError, ValueError, AttributeError):
-        found = ', '.join(list(weights)[:3]) or 'none'
-        raise BadInput(f'expected the tensors of MaskDiT, DiT or MDT version 1, x_embedder.proj.weight '
-                       f'and blocks.0.attn.qkv.weight, and found {found}') from None
-    with torch.device('meta'):
-        wanted = Net(cfg).state_dict()
-    for name, theirs in both.items():
-        both[name] = to_our_names(theirs, cfg)
-        wrong = differences(both[name], wanted)
-        if wrong:
-            raise BadInput(f'the nearest match is {cfg["method"]} {cfg["model"]}, but of the tensors there '
-                           f'are {wrong} (in the names of model.py)')
-    both.setdefault('model', both.get('ema'))
-    return {'model': both['model'], 'ema': both.get('ema', both['model']), 'step': LONG_AGO, 'config': cfg}
+def translate(state, path):
+    """The content of a published file as a checkpoint of ours. Raises BadInput."""
+    def strip(key):                                                       # what wrappers put before a name
+        return key.replace('module.', '').replace('_orig_mod.', '').removeprefix('model.')
+
+    tables = {name: state[name] for name in ('ema', 'model') if isinstance(state.get(name), dict)} \
+        if isinstance(state, dict) else {}
+    tables = tables or {'ema': state if isinstance(state, dict) else {}}      # or the weights alone
+    tables = {name: {strip(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
+              for name, weights in tables.items()}
+    weights = tables.get('ema') or tables.get('model')
+    check('en_inblocks.0.attn.qkv.weight' not in weights, f'{path} is MDT version 2, another network: version '
+          f'1 (mdt_xl2_v1_ckpt.pt) can be read')
+    needed = ('x_embedder.proj.weight', 'blocks.0.attn.qkv.weight', 'final_layer.linear.weight',
+              'y_embedder.embedding_table.weight', 'pos_embed')
+    check(all(name in weights for name in needed),
+          f'{path} is no checkpoint of train.py or finetune.py, nor of MaskDiT, DiT or MDT version 1: it has '
+          f'tensors {", ".join(list(weights)[:3]) or "none"}')
+    cfg = recognise(weights, path)
+    tables = {name: to_our_names(theirs, cfg) for name, theirs in tables.items()}
+    for theirs in tables.values():
+        fit(theirs, cfg, path)
+    ema = tables.get('ema', tables.get('model'))
+    return {'model': tables.get('model', ema), 'ema': ema, 'step': LONG_AGO, 'config': cfg}
 
 
-def strip(key):
-    """A tensor's name without what wrappers put before it."""
-    key = key.replace('module.', '').replace('_orig_mod.', '')
-    return key.removeprefix('model.')
-
-
-def recognise(weights):
-    """The configuration that published weights were made with, from their names and shapes.
-
-    Raises KeyError, ValueError or AttributeError where they do not look alike, BadInput for an odd size."""
-    D, C, p, _ = weights['x_embedder.proj.weight'].shape
+def recognise(weights, path):
+    """The Config of published weights, from their names and shapes. Raises BadInput for an unknown size."""
+    d, C, p, _ = weights['x_embedder.proj.weight'].shape
     depth = 1 + max(int(key.split('.')[1]) for key in weights if key.startswith('blocks.'))
-    method = 'maskdit' if 'decoder_pos_embed' in weights and 'decoder_layer.linear.weight' in weights else \
+    size = next((name for name, (n, width, _) in SIZES.items() if (n, width) == (depth, d)), None)
+    check(size, f'{path} has {depth} blocks of width {d}: the sizes are '
+          + ', '.join(f'{name} {n} of {width}' for name, (n, width, _) in SIZES.items()))
+    method = 'maskdit' if 'decoder_layer.linear.weight' in weights else \
         'mdt' if 'sideblocks.0.attn.qkv.weight' in weights else 'dit'
-    size = next((name for name, (d, w, _) in SIZES.items() if (d, w) == (depth, D)), None)
-    if size is None:
-        raise BadInput(f'it has {depth} blocks of width {D}, and the sizes are '
-                       + ', '.join(f'{name} {d} of {w}' for name, (d, w, _) in SIZES.items()))
     table = weights['y_embedder.embedding_table.weight'].shape
-    classes = table[1] if method == 'maskdit' else table[0] - 1          # MaskDiT: a Linear on one-hot labels
     outputs = weights['final_layer.linear.weight'].shape[0]
-    return METHODS[method]['defaults'] | {
-        'stage': 'train', 'method': method, 'model': f'{size}/{p}', 'data': None, 'channels': C,
-        'resolution': p * math.isqrt(weights['pos_embed'].shape[1]), 'classes': classes, 'class_names': [],
-        'sigma_data': 0.5, 'ema_step': 0, 'diffusion': 'ddpm' if outputs == 2 * p * p * C else 'edm'}
+    return Config(
+        method=method, model=f'{size}/{p}', channels=C,
+        resolution=p * math.isqrt(weights['pos_embed'].shape[1]),
+        classes=table[1] if method == 'maskdit' else table[0] - 1,            # MaskDiT: Linear, one-hot labels
+        diffusion='ddpm' if outputs == 2 * p * p * C else 'edm',
+        mask_ratio=METHODS[method].mask_ratio, lr=METHODS[method].lr)
 
 
 def to_our_names(theirs, cfg):
     """Published tensors under the names and in the layouts of `Net`."""
-    ours, first_decoder_block = {}, parse_size(cfg['model'])[0][0] - OWN_DECODER
+    ours, first_own = {}, SIZES[cfg.size][0] - OWN_DECODER
     for key, value in theirs.items():
         if key.endswith('relative_position_index'):
             continue
         for old, new in OFFICIAL_NAMES:
             key = key.replace(old, new)
-        if key == 'patch_embed.weight':
-            value = value.permute(0, 2, 3, 1).flatten(1)                  # (D, C, p, p): channels first there
-        elif key == 'y_embed.weight' and cfg['method'] == 'maskdit':
+        if key.startswith('blocks.'):
+            number, rest = key.split('.', 2)[1:]
+            own = METHODS[cfg.method].decoder == 'own' and int(number) >= first_own
+            key = f'decoder.blocks.{int(number) - first_own}.{rest}' if own else f'encoder.{key}'
+        if key == 'encoder.embed.linear.weight':
+            value = value.permute(0, 2, 3, 1).flatten(1)                      # (d, C, p, p) there
+        elif key == 'encoder.y_embed.weight' and METHODS[cfg.method].decoder == 'narrow':
             value = torch.cat([value.T, value.new_zeros(1, value.shape[0])])  # a dropped label is zero there
         elif key.endswith('.bias') and value.ndim == 2:
             value = value[:-3]                                                # 3 rows that no index reaches
-        if key.startswith('blocks.') and cfg['method'] == 'mdt':
-            _, number, rest = key.split('.', 2)
-            if int(number) >= first_decoder_block:
-                key = f'decoder_blocks.{int(number) - first_decoder_block}.{rest}'
         ours[key] = value
     return ours
-
-
-def to_maskdit_names(ours, cfg):
-    """Weights of a `maskdit` network under MaskDiT's names. A dropped label is a zero vector there, so its
-    row moves into the bias of the noise embedding, whose sum with a label is all that the network sees."""
-    ours, (_, (_, e, _), p) = dict(ours), parse_size(cfg['model'])
-    ours.setdefault('mask_token', torch.zeros(1, 1, e))                       # a tuned network has none
-    null = ours['y_embed.weight'][-1]
-    ours['t_embed.fc2.bias'] = ours['t_embed.fc2.bias'] + null
-    ours['y_embed.weight'] = (ours['y_embed.weight'][:-1] - null).T.contiguous()
-    patch = ours['patch_embed.weight'].unflatten(1, (p, p, -1))               # (D, p, p, C)
-    ours['patch_embed.weight'] = patch.permute(0, 3, 1, 2).contiguous()
-    theirs = {}
-    for key, value in ours.items():
-        part = key.split('.')
-        if part[0] in ('blocks', 'decoder_blocks') and part[2] in ('qkv', 'proj'):
-            key = '.'.join([*part[:2], 'attn', *part[2:]])
-        elif part[0] in ('blocks', 'decoder_blocks') and part[2] in ('fc1', 'fc2'):
-            key = '.'.join([*part[:2], 'mlp', *part[2:]])
-        key = key.replace('modulation.', 'adaLN_modulation.1.')
-        for theirs_, ours_ in OFFICIAL_NAMES[:8]:                            # of the parts that are no blocks
-            if key.startswith(ours_):
-                key = theirs_ + key.removeprefix(ours_)
-                break
-        theirs['model.' + key] = value
-    return theirs
