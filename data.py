@@ -1,53 +1,42 @@
 """Which pixels or latents does step n see, and how did they get there?
 
     python data.py shapes                                  # 10 classes of drawn shapes -> shapes/, in seconds
-    python data.py folder ~/pictures --out data --size 64               # a tree of pictures -> data/
-    python data.py folder ~/imagenet/train --out imagenet256 --size 256 --vae vae.safetensors
-    python data.py cifar10 cifar-10-python.tar.gz                       # or -binary, or unpacked -> cifar10/
+    python data.py folder ~/pictures --out data --size 64               # a tree of images -> data/
+    python data.py folder ~/imagenet/train --out imagenet256 --size 256 --vae vae.safetensors    # -> moments
+    python data.py cifar10 cifar-10-binary.tar.gz                       # -> cifar10/
     python data.py celeba img_align_celeba.zip --attribute Smiling      # 64 x 64, two classes -> celeba/
-    python data.py import fast-DiT/features --out imagenet256           # what others have prepared
+    python data.py import fast-DiT/features --out imagenet256           # what other repositories prepared
 
-Every script of this repository reads a folder with three files:
+Every script of this repository reads a data folder of three files:
 
-    data.npy     memory-mapped; one of three kinds, and the kind is in meta.json
-                   images     uint8   (N, C, H, W)     pixels, used as x/127.5 - 1
-                   moments    float16 (N, 2C, h, w)    a VAE's mean, then log-variance: sampled at each use
-                   latents    float   (N, C, h, w)     already sampled and scaled, as other repositories write
-    labels.npy   int64 (N,)
-    meta.json    {"kind", "classes"}; for moments and latents "scale"; and, where known, "class_names", and
-                 "vae", the autoencoder's file that made the moments, with its hash "vae_sha256"
+    data.npy     memory-mapped, of one of three kinds
+                   images     uint8   (N, C, H, H)     pixels, used as x/127.5 - 1
+                   moments    float16 (N, 2C, h, h)    a VAE's mean, then log-variance: sampled at each use
+                   latents    float   (N, C, h, h)     sampled and scaled by another program, used as they are
+    labels.npy   integers (N,)
+    meta.json    "kind"; "classes", 0 without labels; of moments "scale"; where known "class_names", and
+                 "vae", the file that made the moments, with its hash "vae_sha256"
 
-`classes` is 0 for data without labels. The last 2 % of a data set, at most 1,000 images, are held out from
-training, so rows must be in no order, such as one class after the other: everything here shuffles as it
-writes. Mean and standard deviation of each channel, as the network sees it, are told and go into
-meta.json.
+The last 2 % of the images, at most 1,000, are held out from training, so rows must be in no order: every
+command here shuffles. It also prints mean and standard deviation of each channel as the network sees it.
 
-`folder` numbers the classes as ImageNet does, by the sorted names of the folders in SRC; an empty one
-keeps its number. Pictures are cut and scaled as ADM does, but first turned upright as their EXIF says and
-laid on white where they are transparent. What cannot be read is left out, counted, and named in
-skipped.txt. With --vae, pictures become moments of Stable Diffusion's VAE. Under torchrun, processes and
-GPUs share the work. Killed, by whatever and whenever, the same command goes on from the last 256 pictures,
-and ends with the same bytes; moments are taken up on the same kind of device alone.
+`folder` numbers classes as ImageNet does, by the sorted names of the folders in SRC; an empty one keeps its
+number. Images are cropped and resized as in ADM, after they are rotated as EXIF says and composited on white
+where transparent. Unreadable files are skipped and listed in skipped.txt. `import` reads ADM's .npz,
+fast-DiT's folder of NAME_features and NAME_labels, and EDM's folder or zip file with dataset.json, of images
+or (EDM2, REPA) of mean and standard deviation.
 
-`celeba` takes all 202,599 pictures, cuts 128 pixels around (89, 121) and halves them with a triangle
-filter (Pillow's and torchvision's "bilinear"); --crop cuts elsewhere. `import` copies arrays .npy or .npz
-(ADM's, ours), fast-DiT's folder around NAME_features and NAME_labels, and folders or zip files in the
-layout of EDM, EDM2 and REPA: pictures, or mean and standard deviation, beside a dataset.json. It tells
-which layout latents have, and how it knows. MaskDiT's LMDB, tar shards and LightningDiT's files are not
-read: they need a library or a reader of their own. Archives are never unpacked to disk, and no pickle is
-loaded. After a kill, `shapes`, `cifar10` and the import of arrays begin anew.
+Under torchrun, ranks and their GPUs share the work of `folder`, `celeba` and `import`. After a kill, run the
+same command again: it resumes at the last finished chunk of 256 images and ends with identical files.
+Archives are not unpacked to disk, and no pickle is loaded: CIFAR-10's python version is rejected.
 """
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
-import datetime
 import errno
 import fcntl
 import functools
-import glob
-import gzip
 import hashlib
 import io
 import json
@@ -55,108 +44,170 @@ import math
 import os
 import pathlib
 import pickle
-import pickletools
-import re
 import shutil
-import stat
-import struct
 import sys
 import tarfile
-import threading
 import time
+import traceback
 import uuid
 import warnings
 import zipfile
-import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from model import BadInput, check
 
-class BadInput(ValueError):
-    """A user's mistake, told in one sentence. The scripts print the sentence and exit with status 2."""
+# ------------------------------------------------------------------------- mistakes, ranks, progress bars
+
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a library raises inside, because `path` is damaged or something else, becomes one sentence."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except FileNotFoundError as error:
+        raise BadInput(f'there is no {error.filename or path}') from None
+    except pickle.UnpicklingError:                                            # whose text gives bad advice
+        raise BadInput(f'{path} is no file of plain tensors: it is something else, such as a saved web page, '
+                       f'or it would run code when read') from None
+    except Exception as error:
+        why = ' '.join(str(getattr(error, 'strerror', None) or error).split())[:200]
+        raise BadInput(f'{path} cannot be read, it is truncated, damaged or of another kind: '
+                       f'{type(error).__name__}: {why}') from None
+
+
+def script(name, main):
+    """Run main() as the script `name`: a user's mistake or the disk's ends it with one sentence on stderr.
+
+    A rank that fails may be the only one. It leaves without destroying its process group, because NCCL would
+    wait there for the other ranks, which torchrun ends as soon as this one is gone.
+    """
+    def leave(sentence, status):
+        print(sentence, file=sys.stderr)
+        if not dist.is_initialized():
+            sys.exit(status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    try:
+        main()
+    except BadInput as error:
+        leave(f'{name}: {error}', 2)
+    except KeyboardInterrupt:
+        leave(f'{name}: interrupted', 130)
+    except OSError as error:                                                  # such as a full disk
+        where = f'{error.filename}: ' if error.filename else ''
+        leave(f'{name}: {where}{error.strerror or error}', 2)
+    except Exception:                                                         # a bug needs its traceback
+        if not dist.is_initialized():
+            raise
+        leave(traceback.format_exc(), 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank_and_world():
+    """This process's number and how many there are, from torchrun's environment variables."""
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+
+def rank_world_device():
+    """(rank, world, torch.device): each rank takes the GPU of its local rank, if there are any."""
+    device = torch.device('cpu')
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+        check(local < gpus, f'process {local} of this machine, counted from 0, has no GPU, for there are '
+                            f'{gpus}: type --nproc_per_node {gpus}')
+        device = torch.device('cuda', local)
+        torch.cuda.set_device(device)
+    return *rank_and_world(), device
+
+
+class Lines:
+    """stderr for a progress bar where it is a file: a new line for each update instead of the same one."""
+
+    def write(self, text):
+        sys.stderr.write(text.replace('\r', '\n'))
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(iterable=None, **settings):
+    """tqdm on rank 0 only. Where stderr is no terminal, it prints a plain line once a minute."""
+    if not sys.stderr.isatty():
+        settings = {'file': Lines(), 'ascii': True, 'mininterval': 60, 'miniters': 1} | settings
+    return tqdm(iterable, disable=rank_and_world()[0] > 0, **settings)
 
 
 # ---------------------------------------------------------------------------------------- reading a folder
 
-LATENT_SCALE = 0.18215                        # Stable Diffusion's, and so DiT's and MaskDiT's
-MOST_CLASSES = 1_000_000
-MOST_SIDE = 10_000                            # pixels, or numbers of a latent
+LATENT_SCALE = 0.18215                        # of Stable Diffusion 1 and 2, and so of DiT and MaskDiT
 KINDS = {'images': ('uint8',), 'moments': ('float16',), 'latents': ('float16', 'float32')}
 
 
 class Data:
-    """A data folder, opened and checked. Nothing is read into memory but the labels.
+    """A data folder. Nothing is read into memory but the labels.
 
-    kind, scale, classes, class_names    from meta.json
+    kind, scale, classes, class_names    from meta.json; `scale` is None if meta.json has none
     vae, vae_sha256                      from meta.json, or None
     channels, resolution                 of what the network sees: moments have half the channels of the file
     count = trained + held_out           the first `trained` images are for training
-    Raises BadInput, with what is wrong and what to type.
     """
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
         make = 'make one with `python data.py shapes` or `python data.py folder SRC --out data`'
-        if not os.path.isdir(self.path):
-            raise BadInput(f'there is no data folder {path}: {make}')
-        try:
-            if os.path.getsize(self.path / 'meta.json') > 10 ** 7:
-                raise ValueError('meta.json has more than ten megabytes')
-            meta = json.loads((self.path / 'meta.json').read_text())
-            self.array, self.labels = (np.lib.format.open_memmap(self.path / f'{name}.npy', mode='r')
-                                       for name in ('data', 'labels'))        # never a pickle
-        except FileNotFoundError as error:
-            lacks = os.path.basename(error.filename)
-            raise BadInput(f'{path} is not a data folder, it has no {lacks}: {make}') from None
-        except Exception as error:                                            # a broken file raises anything
-            why = ' '.join(str(error).split())[:200]
-            raise BadInput(f'{path} has a file that is truncated or cannot be read: {why}') from None
-        self.kind = meta.get('kind') if isinstance(meta, dict) else None
-        if not isinstance(self.kind, str) or self.kind not in KINDS:
-            raise BadInput(f'{path}/meta.json says kind {str(self.kind)[:50]!r}: expected one of '
-                           f'{", ".join(KINDS)}')
-        self.classes, self.scale = meta.get('classes'), meta.get('scale', LATENT_SCALE)
-        if type(self.classes) is not int or not 0 <= self.classes <= MOST_CLASSES \
-                or type(self.scale) not in (int, float) or not 0 < self.scale < 1e6:
-            raise BadInput(f'{path}/meta.json needs "classes", a number from 0 to a million, and "scale" is '
-                           f'one above 0 and below a million')
-        self.class_names = meta.get('class_names') or [str(i) for i in range(self.classes)]
+        check(self.path.is_dir(), f'there is no data folder {path}: {make}')
+        for name in ('meta.json', 'data.npy', 'labels.npy'):
+            check((self.path / name).exists(), f'{path} is not a data folder, it has no {name}: {make}')
+        with reading(path):
+            meta = dict(json.loads((self.path / 'meta.json').read_text()))
+            self.array = np.lib.format.open_memmap(self.path / 'data.npy', mode='r')       # never a pickle
+            self.labels = np.load(self.path / 'labels.npy')
+        self.kind, self.classes, self.scale = meta.get('kind'), meta.get('classes'), meta.get('scale')
         self.vae, self.vae_sha256 = meta.get('vae'), meta.get('vae_sha256')
-        if not all(value is None or isinstance(value, str) for value in (self.vae, self.vae_sha256)):
-            raise BadInput(f'{path}/meta.json needs text in "vae" and "vae_sha256", a file and its hash')
+        check(self.kind in KINDS, f'{path}/meta.json has kind {self.kind!r}: expected {", ".join(KINDS)}')
+        check(isinstance(self.classes, int) and self.classes >= 0,
+              f'{path}/meta.json has classes {self.classes!r}: expected a number, 0 for data without labels')
+        check(self.scale or self.kind != 'moments', f'{path}/meta.json needs "scale", what samples of its '
+              f'moments are multiplied by: {LATENT_SCALE} for the VAE of Stable Diffusion 1 and 2')
+        self.class_names = meta.get('class_names') or [str(k) for k in range(self.classes)]
+        check(len(self.class_names) == self.classes,
+              f'{path}/meta.json has {len(self.class_names)} class_names for {self.classes} classes')
 
         shape, dtype = self.array.shape, self.array.dtype
-        if len(shape) != 4 or shape[2] != shape[3] or not 0 < min(shape[1:]) <= max(shape[1:]) <= MOST_SIDE \
-                or dtype not in KINDS[self.kind]:
-            raise BadInput(f'{path}/data.npy holds {dtype} {shape}: {self.kind} are '
-                           f'{" or ".join(KINDS[self.kind])} (N, C, H, H), with pictures as high as wide')
-        if self.kind == 'moments' and shape[1] % 2:
-            raise BadInput(f'{path}/data.npy holds moments of {shape[1]} channels: expected means, then as '
-                           f'many log-variances')
+        check(len(shape) == 4 and shape[2] == shape[3] and dtype in KINDS[self.kind],
+              f'{path}/data.npy holds {dtype} {shape}: {self.kind} are {" or ".join(KINDS[self.kind])} '
+              f'(N, C, H, H), as high as wide')
         self.count, self.resolution = shape[0], shape[2]
         self.channels = shape[1] // 2 if self.kind == 'moments' else shape[1]
-        if self.count < 2:
-            raise BadInput(f'{path}/data.npy holds {self.count} images: at least 2 are needed, one to '
-                           f'train on and one held out')
-        if self.labels.shape != (self.count,) or self.labels.dtype != np.int64:
-            raise BadInput(f'{path}/labels.npy holds {self.labels.dtype} {self.labels.shape}: expected int64 '
-                           f'({self.count},), one label an image')
-        low, high = self.labels.min(), self.labels.max()
-        if low < 0 or high >= max(self.classes, 1):
-            raise BadInput(f'{path}/labels.npy holds labels from {low} to {high}, but meta.json says '
-                           f'{self.classes} classes, so labels from 0 to {max(self.classes, 1) - 1}')
-        if not isinstance(self.class_names, list) or len(self.class_names) != self.classes \
-                or not all(isinstance(name, str) and name.isprintable() for name in self.class_names):
-            raise BadInput(f'{path}/meta.json must name {self.classes} classes in "class_names" or lack it')
-        self.labels = np.array(self.labels)                                   # now that its size is known
+        check(self.count >= 2, f'{path} holds {self.count} images: at least 2 are needed, one is held out')
+        labels, last = self.labels, max(self.classes, 1) - 1
+        check(labels.shape == (self.count,) and labels.dtype.kind in 'iu',
+              f'{path}/labels.npy holds {labels.dtype} {labels.shape}: expected integers ({self.count},)')
+        check(0 <= labels.min() and labels.max() <= last,
+              f'{path}/labels.npy holds labels from {labels.min()} to {labels.max()}: expected 0 to {last}, '
+              f'for meta.json has {self.classes} classes')
+        self.labels = labels.astype(np.int64)
         self.held_out = min(1000, max(1, self.count // 50))
         self.trained = self.count - self.held_out
+
+    @functools.cached_property
+    def fingerprint(self):
+        """SHA-256 of the labels and 16 rows: enough to tell data sets apart, without reading them whole."""
+        some = self.array[np.linspace(0, self.count - 1, 16).astype(int)]
+        return hashlib.sha256(self.labels.tobytes() + some.tobytes()).hexdigest()
 
     def rows(self, indices):
         """What the file holds at `indices`, and the labels: two tensors. `to_input` takes the first."""
@@ -165,7 +216,7 @@ class Data:
     def to_input(self, raw, normal):
         """Rows as stored -> x (B, C, H, W) float32 for the network.
 
-        `normal` (B, C, H, W), unit Gaussian numbers, samples moments; the other kinds ignore it.
+        `normal` (B, C, H, W), standard Gaussian noise, samples moments; the other kinds ignore it.
         """
         raw = raw.float()
         if self.kind == 'images':
@@ -185,7 +236,7 @@ def permutation(seed, epoch, n):
 def batch_indices(seed, step, batch, n):
     """Which of n images the global batch of `step` holds: (batch,). A function of its arguments alone.
 
-    Epoch after epoch, each in an order of its own, every image is used once an epoch; a batch may span two.
+    Every epoch has its own order and uses every image once; a batch may span two epochs.
     """
     position = np.arange(step * batch, (step + 1) * batch)
     epochs = position // n
@@ -193,150 +244,53 @@ def batch_indices(seed, step, batch, n):
     return np.concatenate(parts)
 
 
-# --------------------------------------------------------------------------------------- writing a folder
-
-def save_folder(out, rows, dtype, shape, meta, count=0):
-    """Write a data folder from an iterator of (pixels or latents, label), complete or not at all.
-
-    The rows stream to disk under a temporary name beside `out`, which is renamed when all is there: of
-    several processes that make the same folder at once, the first wins. What killed ones left is removed.
-    `count` is how many rows will come, if known: room for them is looked for before the first. Returns what
-    `describe` wrote.
-    """
-    out = pathlib.Path(out)
-    hidden = str(out.parent / f'.{out.name}.partial-')
-    partial = pathlib.Path(hidden + uuid.uuid4().hex)
-    labels, needed = [], count * math.prod(shape) * np.dtype(dtype).itemsize
-    for litter in glob.glob(glob.escape(hidden) + '[0-9a-f]' * 32):
-        with contextlib.suppress(OSError), open(f'{litter}/data.npy', 'r+b') as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                  # fails while its writer lives
-            if file.read(1):                                                  # else it is about to lock it
-                shutil.rmtree(litter)
-    check_room(out, needed)
+def read_ahead(read, places, threads=4, ahead=8):
+    """read(place) for each of `places`, in order, by threads that are up to `ahead` places ahead."""
+    pool, waiting = ThreadPoolExecutor(threads), collections.deque()
     try:
-        partial.mkdir(parents=True)
-        with open(partial / 'data.npy', 'wb') as file:
-            with contextlib.suppress(OSError):                                # there are disks without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(npy_header(dtype, (0, *shape)))
-            for row, label in rows:
-                file.write(np.ascontiguousarray(row, dtype).tobytes())
-                labels.append(label)
-            file.seek(0)
-            file.write(npy_header(dtype, (len(labels), *shape)))
-            file.flush()
-            os.fsync(file.fileno())
-            stored = np.load(partial / 'data.npy', mmap_mode='r')
-            sums = sum(channel_sums(stored[at:at + 100], meta) for at in range(0, len(stored), 100))
-            meta = describe(partial, labels, sums, meta)
-            try:
-                os.rename(partial, out)
-            except OSError:
-                if not (out / 'meta.json').exists():                          # else somebody was faster
-                    raise
-    except OSError as error:
-        raise cannot_write(out, error, needed) from None
+        for place in places:
+            waiting.append(pool.submit(read, place))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return meta
+        pool.shutdown(cancel_futures=True)
 
 
-def npy_header(dtype, shape):
-    """The first bytes of an .npy file; as many for any number of rows, because numpy pads for that."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {
-        'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': shape})
-    return header.getvalue()
-
-
-def describe(folder, labels, sums, meta):
-    """Write what stands beside data.npy: labels, preview.png and, last, meta.json, which is returned.
-
-    meta gains "count" and, from the `channel_sums` of all rows, the "mean" and "std" of each channel. The
-    preview shows 50 rows; of latents, as sample.py does, the first three channels.
-    """
-    with whole_file(folder / 'labels.npy') as file:
-        np.save(file, np.array(labels, np.int64))
-    array = np.load(folder / 'data.npy', mmap_mode='r')
-    mean, square = sums / array[:, 0].size
-    with np.errstate(invalid='ignore'):                                       # rows may be infinite
-        std = np.sqrt(np.maximum(square - mean ** 2, 0))
-    meta = meta | {'count': len(labels), 'mean': mean.tolist(), 'std': std.tolist()}
-    some = np.sort(np.random.default_rng(0).permutation(len(labels))[:50])
-    names = meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
-    images = array[some]
-    if array.dtype != np.uint8:
-        scale = meta.get('scale', LATENT_SCALE) if meta['kind'] == 'moments' else 1
-        images = to_uint8((torch.from_numpy(images[:, :3]).float() * scale / 3).nan_to_num()).numpy()
-    save_grid(folder / 'preview.png', images, [names[labels[i]] for i in some], columns=10)
-    with whole_file(folder / 'meta.json') as file:
-        file.write((json.dumps(meta, indent=1) + '\n').encode())
-    return meta
-
-
-def channel_sums(rows, meta):
-    """(2, C): of what the network sees of each channel of rows as stored, the sum, and the sum of squares.
-
-    Of moments, that is over all samples that could be drawn: squares of scaled means, plus scaled variances.
-    """
-    if meta['kind'] == 'images':                                              # exact, and fast: in integers
-        total = rows.sum((0, 2, 3), dtype=np.int64)
-        square = (rows.astype(np.uint16) ** 2).sum((0, 2, 3), dtype=np.int64)
-        n = rows[:, 0].size
-        return np.stack([total / 127.5 - n, square / 127.5 ** 2 - 2 * total / 127.5 + n])
-    x, variance = rows.astype(np.float64), 0
-    if meta['kind'] == 'moments':
-        mean, logvar = np.split(x, 2, axis=1)
-        scale = meta.get('scale', LATENT_SCALE)
-        x, variance = scale * mean, scale ** 2 * np.exp(logvar.clip(-30, 20))
-    return np.stack([x.sum((0, 2, 3)), (x ** 2 + variance).sum((0, 2, 3))])
-
+# --------------------------------------------------------------------------------------- writing a folder
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A file to write, which gets its name when all of it is on the disk: under `path` is nothing torn."""
-    temporary = pathlib.Path(f'{path}.tmp{os.getpid()}')
+    """A file to write, which gets its name when all of it is on disk: `path` is never half a file."""
+    temporary = pathlib.Path(f'{path}.tmp')
     try:
         with open(temporary, 'wb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)                          # a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_room(out, needed):
-    """Refuse to begin what the disk cannot hold."""
-    place = next((place for place in pathlib.Path(out).absolute().parents if os.path.isdir(place)), '/')
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise BadInput(f'{out} needs {needed / 1e6:,.1f} MB and its disk has {free / 1e6:,.1f} MB free: make '
-                       f'room, or choose another place')
-
-
-def cannot_write(out, error, needed, kept=''):
-    """The sentence for an OSError; of a full disk it tells how many bytes were needed."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return BadInput(f'cannot write the data folder {out}: {error.strerror or error}'
-                    + f'; {needed / 1e6:,.1f} MB were needed' * full + kept)
-
-
 def to_uint8(x):
-    """(n, C, H, W) about [-1, 1] -> uint8, the nearest of 256 levels. Raises BadInput unless finite."""
-    if not torch.isfinite(x).all():
-        bad = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
-        raise BadInput(f'pictures {bad} of a batch are not finite numbers: the network has diverged')
+    """(n, C, H, W) in about [-1, 1] -> uint8, the nearest of 256 levels."""
+    broken = [i for i, image in enumerate(x) if not torch.isfinite(image).all()]
+    check(not broken, f'images {broken} of a batch are not finite numbers: the network has diverged')
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_grid(path, images, titles, columns):
-    """A PNG of pictures uint8 (n, C, H, W) in rows of `columns`, each under its title."""
+    """A PNG of images uint8 (n, C, H, W) in rows of `columns`, each under its title."""
     n, C, H, W = images.shape
     zoom = max(1, 64 // H)
-    cell_w, cell_h, title_h = W * zoom + 6, H * zoom + 20, 14
+    cell_w, cell_h, title_h = W * zoom + 6, H * zoom + 22, 16
     sheet = Image.new('RGB', (columns * cell_w + 6, -(-n // columns) * cell_h + 6), 'white')
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for i, (image, title) in enumerate(zip(np.asarray(images), titles)):
         left, top = i % columns * cell_w + 6, i // columns * cell_h + 4
         rgb = np.broadcast_to(image, (3, H, W)) if C == 1 else image[:3]
@@ -349,11 +303,204 @@ def save_grid(path, images, titles, columns):
         sheet.save(file, 'PNG')
 
 
+def channel_statistics(rows, meta):
+    """{"mean", "std"} of each channel of what the network sees of `rows`.
+
+    Of moments, over all samples that could be drawn: variance of the means plus mean of the variances.
+    """
+    means, squares = [], []
+    for row in rows:
+        x, variance = row.astype(np.float64), 0
+        if meta['kind'] == 'images':
+            x = x / 127.5 - 1
+        elif meta['kind'] == 'moments':
+            mean, logvar = np.split(x, 2)
+            x, variance = meta['scale'] * mean, meta['scale'] ** 2 * np.exp(logvar.clip(-30, 20))
+        means.append(x.mean((1, 2)))
+        squares.append((x ** 2 + variance).mean((1, 2)))
+    mean = np.mean(means, 0)
+    return {'mean': mean.tolist(), 'std': np.sqrt(np.maximum(np.mean(squares, 0) - mean ** 2, 0)).tolist()}
+
+
+def finish(folder, labels, meta):
+    """Write what stands beside data.npy: labels.npy, preview.png and, last, meta.json, which is returned.
+
+    Statistics are of the first 500 rows, the preview shows 50; of latents, their first three channels.
+    """
+    with whole_file(folder / 'labels.npy') as file:
+        np.save(file, np.array(labels, np.int64))
+    rows = np.load(folder / 'data.npy', mmap_mode='r')
+    meta = meta | {'count': len(labels)} | channel_statistics(rows[:500], meta)
+    images, names = rows[:50], meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
+    if images.dtype != np.uint8:
+        scale = meta['scale'] if meta['kind'] == 'moments' else 1
+        images = to_uint8(torch.from_numpy(images[:, :3].astype(np.float32)) * scale / 3).numpy()
+    save_grid(folder / 'preview.png', images, [names[label] for label in labels[:50]], columns=10)
+    with whole_file(folder / 'meta.json') as file:
+        file.write((json.dumps(meta, indent=1) + '\n').encode())
+    return meta
+
+
+def write_header(file, dtype, shape):
+    """The head of an .npy file, of the same length for any number of rows."""
+    header = {'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def save_folder(out, rows, dtype, shape, meta):
+    """Write a data folder from an iterable of (pixels or latents, label), complete or not at all.
+
+    It is written under another name beside `out` and renamed: if several processes make the same folder at
+    once, the first one wins. Returns the contents of meta.json.
+    """
+    out, labels = pathlib.Path(out), []
+    partial = out.parent / f'.{out.name}.{uuid.uuid4().hex}'
+    partial.mkdir(parents=True)
+    try:
+        with whole_file(partial / 'data.npy') as file:
+            write_header(file, dtype, (0, *shape))
+            for row, label in rows:
+                file.write(np.ascontiguousarray(row, dtype).tobytes())
+                labels.append(label)
+            file.seek(0)
+            write_header(file, dtype, (len(labels), *shape))
+        meta = finish(partial, labels, meta)
+        try:
+            os.rename(partial, out)
+        except OSError:
+            if not (out / 'meta.json').exists():                              # or another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return meta
+
+
+def report(out, meta, shape):
+    """Print what there is now, and the statistics of its channels."""
+    skipped = f', {meta["skipped"]:,} skipped' if 'skipped' in meta else ''
+    print(f'{out}: {meta["count"]:,} {meta["kind"]} of {" x ".join(map(str, shape))}, '
+          f'{meta["classes"] or "no"} classes{skipped}; preview.png shows some')
+    print('mean of the channels: ' + ', '.join(f'{value:.3f}' for value in meta['mean']))
+    print('standard deviation of the channels: ' + ', '.join(f'{value:.3f}' for value in meta['std'])
+          + ' (train.py assumes 0.5, unless --sigma-data says another)')
+
+
+# ------------------------------------------------------------------------------------------------- charts
+
+COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233),
+           (0, 0, 0), (128, 128, 128))        # Okabe and Ito's, distinguishable by the colour-blind; and grey
+DASHES = (0, 24, 10, 50)                      # of the first, second, ... series of one colour; 0 is solid
+
+
+def ticks(low, high, log):
+    """About six round numbers from low to high."""
+    for digits in ((1,), (1, 3), (1, 2, 5)) if log else ():
+        found = [m * 10.0 ** e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+                 for m in digits if low <= m * 10.0 ** e <= high]
+        if len(found) >= 3:
+            return found[::-(-len(found) // 9)]
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 8)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def draw_line(pen, points, colour, dash):
+    """A line through points. Its dashes run on from piece to piece, so that short pieces show them too."""
+    run, spots = 0.0, [points[0]]
+    for (x, y), (u, v) in zip(points, points[1:]):
+        pieces = max(1, round(math.dist((x, y), (u, v)) / 3)) if dash else 1
+        for i in range(1, pieces + 1):
+            spots.append((x + (u - x) * i / pieces, y + (v - y) * i / pieces))
+            run += math.dist((x, y), (u, v)) / pieces
+            if dash and run > dash:
+                pen.line(spots, colour, 5)
+                run, spots = -dash, []
+            elif run < 0:
+                spots = [spots[-1]]
+    if len(spots) > 1:
+        pen.line(spots, colour, 5, joint='curve')
+
+
+def chart(path, title, series, x_label, y_label, log_x=False, log_y=False):
+    """A PNG with a line per series, (label, colour, xs, ys[, half-widths of error bars]).
+
+    A label stands at the end of its line. None, NaN and, on a logarithmic axis, numbers up to 0 are gaps.
+    Series of the same colour differ in their dashes, so at most four may share one.
+    """
+    font, line_h = ImageFont.load_default(28), 36                             # twice the size that is saved
+    left, top, width, height = 150, 130, 1200, max(720, line_h * len(series))
+    right, bottom = left + width, top + height
+    sheet = Image.new('RGB', (right + 130 + int(max(font.getlength(one[0]) for one in series)), bottom + 130),
+                      'white')
+    pen = ImageDraw.Draw(sheet)
+    bend_x, bend_y = (math.log10 if log else float for log in (log_x, log_y))
+    lines = []                                                    # pieces of (x, y, bar from, bar to), bent
+    for _, _, xs, ys, *bars in series:
+        pieces = [[]]
+        for x, y, e in zip(xs, ys, bars[0] if bars else [0] * len(xs)):
+            if None in (x, y) or not math.isfinite(x + y) or log_x and x <= 0 or log_y and y <= 0:
+                pieces.append([])
+            else:
+                least = bend_y(y - e) if y > e or not log_y else bend_y(y)
+                pieces[-1].append((bend_x(x), bend_y(y), least, bend_y(y + e)))
+        lines.append([piece for piece in pieces if piece])
+
+    points = np.array([point for line in lines for piece in line for point in piece] or np.zeros((1, 4)))
+    spans = []
+    for part in (points[:, 0], points[:, 1:]):                                # a margin inside the frame
+        margin = 0.04 * np.ptp(part) or 0.5 * abs(part.max()) or 0.5
+        spans.append((float(part.min() - margin), float(part.max() + margin)))
+    (x_low, x_high), (y_low, y_high) = spans
+    across = lambda x: left + (x - x_low) / (x_high - x_low) * width          # of bent numbers
+    down = lambda y: bottom - (y - y_low) / (y_high - y_low) * height
+
+    for y in ticks(*(10 ** y if log_y else y for y in spans[1]), log_y):
+        v = down(bend_y(y))
+        pen.line([left, v, right, v], (225, 225, 225), 2)
+        pen.text((left - 14, v), f'{y:,.10g}', 'black', font, anchor='rm')
+    for x in ticks(*(10 ** x if log_x else x for x in spans[0]), log_x):
+        pen.line([across(bend_x(x)), bottom, across(bend_x(x)), bottom + 12], 'black', 2)
+        pen.text((across(bend_x(x)), bottom + 34), f'{x:,.10g}', 'black', font, anchor='mm')
+    pen.line([left, top, left, bottom, right, bottom], 'black', 2)
+    pen.text((left, 36), title, 'black', font, anchor='lm')
+    pen.text((left, 94), y_label, 'black', font, anchor='lm')
+    pen.text(((left + right) / 2, bottom + 84), x_label, 'black', font, anchor='mm')
+
+    used, ends = collections.Counter(), []
+    for i, ((label, colour, *_), line) in enumerate(zip(series, lines)):
+        aside = 7 * (i - (len(series) - 1) / 2) if any(len(one) > 4 for one in series) else 0  # bars in a row
+        for piece in line:
+            spots = [(across(x) + aside, down(y)) for x, y, _, _ in piece]
+            draw_line(pen, spots, colour, DASHES[used[colour]])
+            for (u, v), (_, _, low, high) in zip(spots, piece):
+                if low < high:
+                    for end in (low, high):
+                        pen.line([u, v, u, down(end), u - 7, down(end), u + 7, down(end)], colour, 3)
+                if low < high or len(piece) == 1:                             # a lone point has no line
+                    pen.ellipse([u - 7, v - 7, u + 7, v + 7], colour)
+        u, v = spots[-1] if line else (right, bottom)
+        ends.append((v, u, label, colour, DASHES[used[colour]]))
+        used[colour] += 1
+
+    ends.sort()
+    heights = [v for v, *_ in ends]
+    for i in range(1, len(ends)):                                             # push labels apart, down,
+        heights[i] = max(heights[i], heights[i - 1] + line_h)
+    for i in reversed(range(len(ends))):                                      # then up from the lower edge
+        heights[i] = min(heights[i], bottom - line_h * (len(ends) - 1 - i))
+    for (v, u, label, colour, dash), w in zip(ends, heights):
+        pen.line([u, v, right + 20, w], colour, 1)
+        draw_line(pen, [(right + 20, w), (right + 100, w)], colour, dash)
+        pen.text((right + 110, w), label, colour, font, anchor='lm')
+    with whole_file(path) as file:
+        sheet.reduce(2).save(file, 'PNG')
+
+
 # ------------------------------------------------------------------------------------------------- shapes
 #
 # Ten classes of drawn shapes whose parts belong together: bars are equally long, a face has two matching
-# eyes. Colours, background, size and position say nothing of the class. A shape is a formula over x, y in
-# [-1, 1], y downwards, so the pictures depend on no drawing library.
+# eyes. Colours, background, size and position do not depend on the class. A shape is a formula over x, y in
+# [-1, 1], y downwards, so the images depend on no drawing library.
 
 def disc(x, y, r, cx=0.0, cy=0.0):
     return (x - cx) ** 2 + (y - cy) ** 2 < r ** 2
@@ -376,39 +523,38 @@ SHAPES = {
     'face': lambda x, y: (disc(x, y, 0.98) & ~disc(abs(x), y, 0.2, 0.38, -0.28)
                           & ~box(x, y, 0.45, 0.14, 0, 0.42)),
 }
-SHAPES_SIZE, SHAPES_COUNT = 16, 20_000
 SUPERSAMPLE = 4                               # a pixel is the mean of 4 x 4 points
 
 
 def draw_shapes(labels, size, rng):
-    """Pictures uint8 (n, 3, size, size) of the shapes `labels` (n,)."""
+    """Images uint8 (n, 3, size, size) of the shapes `labels` (n,)."""
     n, fine = len(labels), size * SUPERSAMPLE
     at = ((np.arange(fine) + 0.5) / fine * 2 - 1).astype(np.float32)
-    radius = rng.uniform(0.55, 0.85, (n, 1, 1)).astype(np.float32)            # of half the picture
+    radius = rng.uniform(0.55, 0.85, (n, 1, 1)).astype(np.float32)            # of half the image
     shift = rng.uniform(-1, 1, (2, n, 1, 1)).astype(np.float32) * (0.95 - radius)
     x, y = (at[None, None, :] - shift[0]) / radius, (at[None, :, None] - shift[1]) / radius
 
-    paint = np.empty((n, 3), np.float32)                                      # far enough from the background
+    paint = np.empty((n, 3), np.float32)
     ground = rng.uniform(0, 1, (n, 3)).astype(np.float32)
-    wrong = np.arange(n)
-    while len(wrong):
-        paint[wrong] = rng.uniform(0, 1, (len(wrong), 3))
-        wrong = wrong[np.linalg.norm(paint[wrong] - ground[wrong], axis=1) < 0.6]
-    slope = rng.uniform(-0.12, 0.12, (n, 3, 2, 1, 1)).astype(np.float32)      # the background's colour drifts
+    near = np.arange(n)                                                       # paint too like the background
+    while len(near):
+        paint[near] = rng.uniform(0, 1, (len(near), 3))
+        near = near[np.linalg.norm(paint[near] - ground[near], axis=1) < 0.6]
+    slope = rng.uniform(-0.12, 0.12, (n, 3, 2, 1, 1)).astype(np.float32)      # of the background's colour
     line = at.reshape(size, SUPERSAMPLE).mean(1)
     paint, ground = paint[:, :, None, None], ground[:, :, None, None]
-    pictures = np.empty((n, 3, size, size), np.uint8)
-    for k, shape in enumerate(SHAPES.values()):                               # in turn, for the memory's sake
+    images = np.empty((n, 3, size, size), np.uint8)
+    for k, shape in enumerate(SHAPES.values()):                               # class by class: less memory
         i = np.flatnonzero(labels == k)
         points = shape(x[i], y[i]).reshape(len(i), 1, size, SUPERSAMPLE, size, SUPERSAMPLE)
         inside = points.mean((3, 5), np.float32)                              # (len(i), 1, size, size)
         back = ground[i] + slope[i, :, 0] * line + slope[i, :, 1] * line[:, None]
-        pictures[i] = np.rint((inside * paint[i] + (1 - inside) * back).clip(0, 1) * 255)
-    return pictures
+        images[i] = np.rint((inside * paint[i] + (1 - inside) * back).clip(0, 1) * 255)
+    return images
 
 
-def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
-    """The data set `shapes` in the folder `out`. Deterministic; several processes may call it at once."""
+def make_shapes(out, size=16, count=20_000, seed=0):
+    """The drawn shapes in the folder `out`. Deterministic; several processes may call it at once."""
     def rows():
         rng = np.random.default_rng(seed)
         for start in range(0, count, 500):
@@ -417,76 +563,29 @@ def make_shapes(out, size=SHAPES_SIZE, count=SHAPES_COUNT, seed=0):
 
     meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES),
             'source': f'shapes, seed {seed}'}
-    return save_folder(out, rows(), 'uint8', (3, size, size), meta, count)
-
-
-def default_data():
-    """The value of --data where none is typed: data/ if it is a data folder, else shapes/."""
-    return 'data' if os.path.exists('data/meta.json') else 'shapes'
+    return save_folder(out, rows(), 'uint8', (3, size, size), meta)
 
 
 def open_data(path):
-    """`Data(path)`; the folder `shapes`, if that is what is asked for, is made where it does not exist."""
+    """`Data(path)`; if `path` is shapes and there is no such folder, it is made first."""
     if str(path) == 'shapes' and not os.path.exists('shapes'):
         make_shapes('shapes')
     return Data(path)
 
 
-# --------------------------------------------------------------------------------------- names, zip files
-
-UNPACKED = 50                                 # a zip file's members may unpack to 50 times its size
-
-
-def printable(name):
-    """A file's name for a terminal or a text file: bytes that are no UTF-8 and control characters escaped."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
-
-
-def points_out(name):
-    """Whether a member of an archive, unpacked carelessly, would land outside. Ours are never unpacked."""
-    return name.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', name)
-
-
-def open_zip(path):
-    """A zip file whose members are where and as long as they say. Raises BadInput; nothing is unpacked."""
-    try:
-        archive = zipfile.ZipFile(path)
-        size, members = os.path.getsize(path), archive.infolist()
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        why = getattr(error, 'strerror', None) or error
-        raise BadInput(f'{path} is cut short or no zip file: {why}') from None
-    for member in members:
-        stored = member.compress_type == zipfile.ZIP_STORED
-        odd = 'points out of it' if points_out(member.filename) else \
-              'is a link' if stat.S_ISLNK(member.external_attr >> 16) else \
-              'is encrypted' if member.flag_bits & 1 else \
-              'lies about its length' if stored and member.file_size != member.compress_size else ''
-        if odd:
-            raise BadInput(f'{path} has a member {printable(member.filename)} that {odd}')
-    if sum(member.compress_size for member in members) > size:
-        raise BadInput(f'{path} has members that overlap or reach beyond its end')
-    if (unpacked := sum(member.file_size for member in members)) > UNPACKED * size:
-        raise BadInput(f'{path}, {size / 1e6:,.1f} MB, would unpack to {unpacked / 1e6:,.1f} MB: a bomb')
-    return archive
-
-
 # ---------------------------------------------------------------------------------------------------- VAE
 #
 # The KL autoencoder of Stable Diffusion (Rombach et al. 2022, "f8"): 83,653,863 parameters in 248 tensors,
-# under the names of diffusers, so that loading is a renaming at most. Between pixels and latents lie three
-# halvings; both ways, widths 128, 256, 512, 512 and one attention in the middle.
+# under LDM's names. Three halvings between pixels and latents; widths 128, 256, 512, 512; attention at h x w.
 #
-# Letters: B pictures    H = W their side in pixels    h = w = H/8    n, m channels before and after
+# Letters: B images    H = W pixels a side    h = w = H/8    n, m channels before and after
 
 VAE_FACTOR = 8                                # pixels a side of a latent
 
 
-def group_norm(n):
-    return nn.GroupNorm(32, n, eps=1e-6)
-
-
-def conv(n, m):
-    return nn.Conv2d(n, m, 3, padding=1)
+norm = functools.partial(nn.GroupNorm, 32, eps=1e-6)
+conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+chain = lambda **layers: nn.Sequential(collections.OrderedDict(layers))
 
 
 class Residual(nn.Module):
@@ -494,324 +593,192 @@ class Residual(nn.Module):
 
     def __init__(self, n, m):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(n), conv(n, m)
-        self.norm2, self.conv2 = group_norm(m), conv(m, m)
-        self.conv_shortcut = nn.Conv2d(n, m, 1) if n != m else nn.Identity()
+        self.norm1, self.conv1 = norm(n), conv(n, m)
+        self.norm2, self.conv2 = norm(m), conv(m, m)
+        self.nin_shortcut = nn.Conv2d(n, m, 1) if n != m else nn.Identity()
 
     def forward(self, x):
         inner = self.conv1(functional.silu(self.norm1(x)))
-        return self.conv_shortcut(x) + self.conv2(functional.silu(self.norm2(inner)))
+        return self.nin_shortcut(x) + self.conv2(functional.silu(self.norm2(inner)))
 
 
-class PixelAttention(nn.Module):
+class Attention(nn.Module):
     """Every pixel attends to all, in one head as wide as its n channels."""
 
     def __init__(self, n):
         super().__init__()
-        self.group_norm = group_norm(n)
-        self.to_q, self.to_k, self.to_v = nn.Linear(n, n), nn.Linear(n, n), nn.Linear(n, n)
-        self.to_out = nn.Sequential(nn.Linear(n, n))
+        self.norm = norm(n)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(n, n, 1) for _ in range(4))
 
     def forward(self, x):
-        tokens = self.group_norm(x).flatten(2).mT[:, None]                    # (B, 1, hw, n): a single head
-        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        seen = self.to_out(functional.scaled_dot_product_attention(q, k, v))
-        return x + seen[:, 0].mT.unflatten(2, x.shape[2:])
+        inner = self.norm(x)
+        q, k, v = (layer(inner).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))
+        seen = functional.scaled_dot_product_attention(q, k, v)               # (B, 1, hw, n)
+        return x + self.proj_out(seen[:, 0].mT.unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
-    """(B, n, H, W) -> (B, n, H/2, W/2) by a convolution of stride 2."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.conv = nn.Conv2d(n, n, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(functional.pad(x, (0, 1, 0, 1)))                     # right and below, no more
-
-
-class Upsample(nn.Module):
-    """(B, n, H, W) -> (B, n, 2H, 2W): pixels are doubled, then convolved."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.conv = conv(n, n)
-
-    def forward(self, x):
-        return self.conv(functional.interpolate(x, scale_factor=2.0, mode='nearest'))
-
-
-class Stage(nn.Sequential):
+def stage(n, m, blocks, resize=None):
     """Residual blocks at one resolution, n -> m channels, then half or twice that resolution or neither."""
-
-    def __init__(self, n, m, blocks, **resize):
-        resnets = nn.Sequential(Residual(n, m), *(Residual(m, m) for _ in range(blocks - 1)))
-        super().__init__(collections.OrderedDict(
-            resnets=resnets, **{name: nn.Sequential(layer(m)) for name, layer in resize.items()}))
-
-
-class Middle(nn.Module):
-    """The only attention, between two residual blocks."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.attentions = nn.ModuleList([PixelAttention(n)])
-        self.resnets = nn.ModuleList([Residual(n, n), Residual(n, n)])
-
-    def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    layers = {'block': nn.Sequential(Residual(n, m), *(Residual(m, m) for _ in range(blocks - 1)))}
+    if resize == 'downsample':                                                # padded on the right and below
+        layers[resize] = chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(m, m, 3, stride=2))
+    if resize == 'upsample':
+        layers[resize] = chain(double=nn.Upsample(scale_factor=2.0), conv=conv(m, m))
+    return chain(**layers)
 
 
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv_in = conv(3, 128)
-        self.down_blocks = nn.Sequential(
-            Stage(128, 128, 2, downsamplers=Downsample), Stage(128, 256, 2, downsamplers=Downsample),
-            Stage(256, 512, 2, downsamplers=Downsample), Stage(512, 512, 2))
-        self.mid_block = Middle(512)
-        self.conv_norm_out, self.conv_out = group_norm(512), conv(512, 8)
-
-    def forward(self, x):                                                     # (B, 3, H, W)
-        x = self.conv_in(x)                                                   # (B, 128, H, W)
-        x = self.down_blocks(x)                                               # (B, 512, h, w)
-        x = self.mid_block(x)                                                 # (B, 512, h, w)
-        return self.conv_out(functional.silu(self.conv_norm_out(x)))          # (B, 8, h, w)
-
-
-class Decoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv_in = conv(4, 512)
-        self.mid_block = Middle(512)
-        self.up_blocks = nn.Sequential(
-            Stage(512, 512, 3, upsamplers=Upsample), Stage(512, 512, 3, upsamplers=Upsample),
-            Stage(512, 256, 3, upsamplers=Upsample), Stage(256, 128, 3))
-        self.conv_norm_out, self.conv_out = group_norm(128), conv(128, 3)
-
-    def forward(self, z):                                                     # (B, 4, h, w)
-        x = self.conv_in(z)                                                   # (B, 512, h, w)
-        x = self.mid_block(x)                                                 # (B, 512, h, w)
-        x = self.up_blocks(x)                                                 # (B, 128, H, W)
-        return self.conv_out(functional.silu(self.conv_norm_out(x)))          # (B, 3, H, W)
+def middle(n):
+    return chain(block_1=Residual(n, n), attn_1=Attention(n), block_2=Residual(n, n))
 
 
 class VAE(nn.Module):
-    """Pictures to moments and latents to pictures, in float32 even where autocast says another.
+    """Images to moments and latents to images, unscaled (LATENT_SCALE is not applied here).
 
-    `LATENT_SCALE` is not in here: moments and latents are as the autoencoder has them, unscaled.
+    Parameters and activations are float32, also under autocast. On GPUs convolutions run in TF32, torch's
+    default and DiT's and MaskDiT's: its 10 bits of mantissa are those of float16, in which moments are kept.
     """
 
     def __init__(self):
         super().__init__()
-        self.encoder, self.quant_conv = Encoder(), nn.Conv2d(8, 8, 1)
-        self.decoder, self.post_quant_conv = Decoder(), nn.Conv2d(4, 4, 1)
+        self.encoder = chain(                                                 # (B, 3, H, W)
+            conv_in=conv(3, 128),                                             # (B, 128, H, W)
+            down=nn.Sequential(stage(128, 128, 2, 'downsample'), stage(128, 256, 2, 'downsample'),
+                               stage(256, 512, 2, 'downsample'), stage(512, 512, 2)),
+            mid=middle(512),                                                  # (B, 512, h, w)
+            norm_out=norm(512), act=nn.SiLU(), conv_out=conv(512, 8))         # (B, 8, h, w)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(8, 8, 1), nn.Conv2d(4, 4, 1)
+        self.decoder = chain(                                                 # (B, 4, h, w)
+            conv_in=conv(4, 512),
+            mid=middle(512),                                                  # (B, 512, h, w)
+            up=chain(**{'3': stage(512, 512, 3, 'upsample'),                  # LDM counts from the pixels
+                        '2': stage(512, 512, 3, 'upsample'),
+                        '1': stage(512, 256, 3, 'upsample'),
+                        '0': stage(256, 128, 3)}),                            # (B, 128, H, W)
+            norm_out=norm(128), act=nn.SiLU(), conv_out=conv(128, 3))         # (B, 3, H, W)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> moments (B, 8, h, w): the mean, then the log-variance.
-
-        Raises BadInput unless x is square and its side a multiple of 8.
-        """
-        if x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.shape[2] % VAE_FACTOR or not x.shape[2]:
-            raise BadInput(f'the VAE encodes (B, 3, H, H) with H a multiple of 8, not {tuple(x.shape)}: crop '
-                           f'the pictures, as `python data.py folder` does')
+        """x (B, 3, H, H) in [-1, 1] -> moments (B, 8, h, h): the mean, then the log-variance."""
+        check(x.shape[1] == 3 and x.shape[2] == x.shape[3] and x.shape[2] % VAE_FACTOR == 0,
+              f'the VAE encodes (B, 3, H, H) with H a multiple of {VAE_FACTOR}, not {tuple(x.shape)}')
         with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
             return self.quant_conv(self.encoder(x.to(self.quant_conv.weight)))      # its device, float32
 
     def decode(self, z):
-        """z (B, 4, h, h) -> x (B, 3, H, H), about [-1, 1]. Raises BadInput for another shape.
+        """z (B, 4, h, h) -> x (B, 3, H, H), about [-1, 1].
 
-        One latent at a time: 512 pixels take about 1 GiB each, and so picture i depends on no batch.
+        One latent at a time: 512 pixels take about 1 GiB each, and image i does not depend on its batch.
         """
-        if z.shape[1] != 4 or z.shape[2] != z.shape[3]:
-            raise BadInput(f'the VAE decodes latents (B, 4, h, h), not {tuple(z.shape)}')
+        check(z.shape[1] == 4, f'the VAE decodes latents (B, 4, h, h), not {tuple(z.shape)}')
         with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
             z = self.post_quant_conv(z.to(self.quant_conv.weight))            # its device, float32
             return torch.cat([self.decoder(one) for one in z.split(1)])
 
 
+MSE_SHA256 = 'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815'
 PUBLISHED_VAE = ('diffusion_pytorch_model.safetensors (334,643,276 bytes) of '
                  'https://huggingface.co/stabilityai/sd-vae-ft-ema or sd-vae-ft-mse (SHA-256 of -mse: '
-                 'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815)')
-OTHER_NAMES = (                               # of the LDM files, of older diffusers files; today's
-    *((f'.up.{i}.', f'.up_blocks.{3 - i}.') for i in range(4)),               # LDM counts from the pixels
-    ('.down.', '.down_blocks.'),
-    ('.block.', '.resnets.'),
-    ('.upsample.', '.upsamplers.0.'),
-    ('.downsample.', '.downsamplers.0.'),
-    ('.mid.block_1.', '.mid_block.resnets.0.'),
-    ('.mid.block_2.', '.mid_block.resnets.1.'),
-    ('.mid.attn_1.', '.mid_block.attentions.0.'),
-    ('.nin_shortcut.', '.conv_shortcut.'),
-    ('.norm_out.', '.conv_norm_out.'),
-    ('.norm.', '.group_norm.'),
-    ('.q.', '.to_q.'), ('.k.', '.to_k.'), ('.v.', '.to_v.'), ('.proj_out.', '.to_out.0.'),
-    ('.query.', '.to_q.'), ('.key.', '.to_k.'), ('.value.', '.to_v.'), ('.proj_attn.', '.to_out.0.'))
-
-
-def read_vae(path, device='cpu'):
-    """(VAE for inference in float32, SHA-256 of the file) from any of the published files.
-
-    diffusers' (today's and older names) or LDM's, alone or within a Stable Diffusion checkpoint; safetensors
-    or a torch file. Convolutions on a GPU are set to float32 proper, not TF32. Raises BadInput.
-    """
-    try:
-        content = np.memmap(path, np.uint8, 'r') if os.path.getsize(path) else np.zeros(0, np.uint8)
-    except FileNotFoundError:
-        raise BadInput(f'there is no VAE {path}: name one with --vae, such as {PUBLISHED_VAE}') from None
-    except OSError as error:
-        raise BadInput(f'the VAE {path} cannot be read: {error.strerror or error}') from None
-    head = content[:16].tobytes()
-    if head.startswith(b'PK'):
-        weights = read_torch(path)
-    elif head[8:9] == b'{':
-        weights = read_safetensors(path)
-    else:
-        raise BadInput(f'{path} is neither a safetensors nor a torch file, it begins with {head!r}: get '
-                       f'{PUBLISHED_VAE}')
-    with torch.device('meta'):
-        vae = VAE()
-    vae.load_state_dict(to_vae_names(weights, vae.state_dict(), path), assign=True)
-    torch.backends.cudnn.conv.fp32_precision = 'ieee'
-    return vae.to(device).eval().requires_grad_(False), hashlib.sha256(content).hexdigest()
-
-
-def read_torch(path):
-    """The dictionary in a file of torch.save, of which no code is run. Raises BadInput."""
-    try:
-        with open_zip(path) as archive:
-            if any(member.compress_type for member in archive.infolist()):
-                raise BadInput(f'{path} is packed, and torch packs nothing: get its .safetensors twin')
-            if broken := archive.testzip():      # torch.load sees no flipped byte; the archive's CRC-32s do
-                raise BadInput(f'{path} is damaged: its part {broken} does not match its checksum')
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except BadInput:
-        raise
-    except pickle.UnpicklingError:
-        raise BadInput(f'{path} holds more than tensors, and opening the rest would run code from the file: '
-                       f'get its .safetensors twin') from None
-    except Exception as error:                                         # what torch raises here has many types
-        raise BadInput(f'{path} is truncated or no torch file ({type(error).__name__})') from None
-
-
-def to_vae_names(weights, wanted, path):
-    """The tensors of a published file under our names, in float32, copied. Raises BadInput if they differ
-    from `wanted` in names or shapes."""
-    if isinstance(weights, dict):
-        weights = weights.get('state_dict', weights)
-    theirs = {name: value for name, value in (weights.items() if isinstance(weights, dict) else ())
-              if isinstance(name, str) and isinstance(value, torch.Tensor)}
-    inside = 'first_stage_model.' * any(name.startswith('first_stage_model.') for name in theirs)
-    ours = {}
-    for name, value in theirs.items():
-        if not name.startswith(inside) or name.startswith(('loss.', 'model_ema.'), len(inside)):
-            continue                                          # the rest of Stable Diffusion, or of a training
-        name = name.removeprefix(inside)
-        for old, new in OTHER_NAMES:
-            name = name.replace(old, new)
-        if '.attentions.0.to_' in name and value.ndim == 4:
-            value = value.squeeze((2, 3))                                     # LDM's are convolutions, 1 x 1
-        ours[name] = value
-    lacks, more = [name for name in wanted if name not in ours], [name for name in ours if name not in wanted]
-    odd = [name for name in wanted if name in ours and ours[name].shape != wanted[name].shape]
-    if lacks or more or odd:
-        differ = '; '.join(f'{len(names)} {what}, such as {names[0]}' for what, names in
-                           (('missing', lacks), ('too many', more), ('of other shapes', odd)) if names)
-        raise BadInput(f'{path} is not the f8 KL autoencoder of Stable Diffusion with its {len(wanted)} '
-                       f'tensors, there are {differ} (in the names of diffusers): get {PUBLISHED_VAE}')
-    ours = {name: value.to(torch.float32, copy=True) for name, value in ours.items()}    # off the mapped file
-    wrong = [name for name, value in ours.items() if not value.isfinite().all()]
-    if wrong:
-        raise BadInput(f'{path} holds numbers that are not finite, {wrong[0]} and {len(wrong) - 1} more')
-    return ours
-
-
-SAFE_DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
-               'I64': torch.int64, 'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8,
-               'U8': torch.uint8, 'BOOL': torch.bool}
-SAFE_HEADER = 2_000_000                       # bytes at most; a whole Stable Diffusion has a tenth
+                 f'{MSE_SHA256})')
+LDM_NAMES = (                                 # diffusers' names, today's and older, and LDM's
+    *((f'.up_blocks.{i}.', f'.up.{3 - i}.') for i in range(4)),
+    ('.down_blocks.', '.down.'),
+    ('.mid_block.resnets.0.', '.mid.block_1.'),
+    ('.mid_block.resnets.1.', '.mid.block_2.'),
+    ('.mid_block.attentions.0.', '.mid.attn_1.'),
+    ('.resnets.', '.block.'),
+    ('.upsamplers.0.', '.upsample.'),
+    ('.downsamplers.0.', '.downsample.'),
+    ('.conv_shortcut.', '.nin_shortcut.'),
+    ('.conv_norm_out.', '.norm_out.'),
+    ('.group_norm.', '.norm.'),
+    ('.to_q.', '.q.'), ('.to_k.', '.k.'), ('.to_v.', '.v.'), ('.to_out.0.', '.proj_out.'),
+    ('.query.', '.q.'), ('.key.', '.k.'), ('.value.', '.v.'), ('.proj_attn.', '.proj_out.'))
+SAFETENSORS = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F64': torch.float64,
+               'I64': torch.int64, 'I32': torch.int32}
 
 
 def read_safetensors(path):
-    """{name: tensor} of a safetensors file: the header's length, a JSON header, raw bytes.
-
-    The tensors lie in the file, mapped and not read until they are used. What the header promises is held
-    against the file's size before anything is mapped or made. Raises BadInput.
-    """
-    def refuse(why):
-        raise BadInput(f'{path} is no whole safetensors file: {why}')
-
-    def once(pairs):                                                          # JSON lets the last one win
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            refuse(f'its header says the same twice, {pairs[0][0][:60]!r} or another')
-        return entries
-
-    try:
-        size = os.path.getsize(path)
-        with open(path, 'rb') as file:
-            length = int.from_bytes(file.read(8), 'little')
-            if length > min(size - 8, SAFE_HEADER):
-                refuse(f'it says that its header has {length:,} bytes, of {size:,} in the file (at most '
-                       f'{SAFE_HEADER:,} are read)')
-            header = json.loads(file.read(length).decode(), object_pairs_hook=once)
-            header.pop('__metadata__', None)
-        content = np.memmap(path, np.uint8, 'c', offset=8 + length, shape=size - 8 - length) \
-            if size > 8 + length else np.zeros(0, np.uint8)
-    except BadInput:
-        raise
-    except OSError as error:
-        raise BadInput(f'{path} cannot be read: {error.strerror or error}') from None
-    except (ValueError, RecursionError, AttributeError, TypeError):
-        refuse('its header is not a JSON object')
-
-    places = {}
+    """{name: tensor}. The format is the header's length in 8 bytes, a JSON header, then raw bytes."""
+    with open(path, 'rb') as file:
+        length = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(length))
+    content, tensors = np.memmap(path, np.uint8, 'r')[8 + length:], {}
+    header.pop('__metadata__', None)
     for name, entry in header.items():
-        try:
-            dtype, shape, (begin, end) = SAFE_DTYPES[entry['dtype']], entry['shape'], entry['data_offsets']
-            sound = type(shape) is list and len(shape) <= 8 and all(
-                type(n) is int and 0 <= n <= size for n in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound or end - begin != math.prod(shape) * dtype.itemsize:
-            refuse(f'of {name[:60]!r} its header says {str(entry)[:100]}, where type, shape and bytes do not '
-                   f'agree')
-        places[name] = begin, end, dtype, shape
-    tensors, at = {}, 0
-    for name, (begin, end, dtype, shape) in sorted(places.items(), key=lambda item: item[1][:2]):
-        if begin != at or end > len(content):
-            refuse(f'the bytes of {name[:60]!r} are {begin:,} to {end:,}, those before it end at {at:,}, and '
-                   f'all at {len(content):,}')
-        raw, at = torch.from_numpy(content[begin:end]), end
-        raw = raw if raw.data_ptr() % dtype.itemsize == 0 else raw.clone()    # the format aligns nothing
-        tensors[name] = raw.view(dtype).reshape(shape)
-    if at != len(content):
-        refuse(f'its header tells of {at:,} bytes, and there are {len(content):,}')
+        raw = content[slice(*entry['data_offsets'])].copy()                   # off the file, and aligned
+        tensors[name] = torch.from_numpy(raw).view(SAFETENSORS[entry['dtype']]).reshape(entry['shape'])
     return tensors
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+def read_vae(path, device='cpu'):
+    """(VAE for inference, SHA-256 of the file) from any of the published files.
+
+    diffusers' or LDM's, alone or within a Stable Diffusion checkpoint, as safetensors or a torch file.
+    """
+    check(os.path.exists(path), f'there is no VAE {path}: name one with --vae, such as {PUBLISHED_VAE}')
+    with reading(path):
+        with open(path, 'rb') as file:
+            sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+            file.seek(8)
+            safe = file.read(1) == b'{'
+        mmap = zipfile.is_zipfile(path)                                       # torch's older files are none
+        weights = read_safetensors(path) if safe else torch.load(path, 'cpu', weights_only=True, mmap=mmap)
+        weights = weights.get('state_dict', weights)
+        inside = 'first_stage_model.' * any(name.startswith('first_stage_model.') for name in weights)
+        found = {}
+        for name, value in weights.items():
+            if name.startswith(inside):
+                name = name.removeprefix(inside)
+                for theirs, ours in LDM_NAMES:
+                    name = name.replace(theirs, ours)
+                found[name] = value
+    with torch.device('meta'):
+        vae = VAE()
+    wanted = vae.state_dict()
+    wrong = [name for name, value in wanted.items()
+             if name not in found or found[name].numel() != value.numel()]    # diffusers' attention is linear
+    check(not wrong, f'{path} is not the f8 autoencoder of Stable Diffusion: of its {len(wanted)} tensors '
+          f'{len(wrong)} are missing or of another shape, such as {wrong[:1]}: get {PUBLISHED_VAE}')
+    vae.load_state_dict({name: found[name].to(torch.float32, copy=True).reshape(value.shape)
+                         for name, value in wanted.items()}, assign=True)
+    return vae.to(device).eval().requires_grad_(False), sha256
+
+
+# ------------------------------------------------------------------------------------------------- images
 #
-# One file -> RGB as a viewer shows it. ADM's preparation, by which FID references were made, differs for a
-# few files: it turns nothing upright and drops transparency. How many were changed is counted and told.
+# One file -> RGB as a viewer shows it. ADM's preparation, by which FID references were made, ignores EXIF and
+# drops transparency; the summary says how many images that concerns.
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp')
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP')       # what a file holds counts, not its name; no PostScript
-MAX_PIXELS = 90_000_000                       # more is taken for a decompression bomb
-LARGE_PIXELS = 16_000_000                     # of which one is read at a time, for the memory's sake
-LARGE = threading.Lock()
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,      # EXIF's tag 274
-           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270,
-           7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP')       # the content counts, not the name; no PostScript
+
+
+def load_image(file):
+    """(RGB image, upright and opaque; what was done to it, as a list of words) of a path or a binary file."""
+    with Image.open(file, formats=FORMATS) as image:
+        done = ['had several frames: the first is used'] * getattr(image, 'is_animated', False)
+        image.load()                                                          # a truncated file fails here
+        turned = image
+        with contextlib.suppress(Exception):                                  # broken EXIF costs no image
+            turned = ImageOps.exif_transpose(image)
+            done += ['rotated as EXIF says'] * (image.getexif().get(274) in range(2, 9))
+        if turned.mode.startswith('I'):                                       # 16 bits of grey
+            levels = np.rint(np.asarray(turned) / 257).clip(0, 255)
+            turned = Image.fromarray(levels.astype(np.uint8))
+            done.append('reduced from 16 bits to 8')
+        elif turned.has_transparency_data:
+            turned = turned.convert('RGBA')
+            alpha = turned.getchannel('A')
+            if alpha.getextrema()[0] < 255:
+                done.append('transparent: composited on white')
+            white = Image.new('RGB', turned.size, 'white')
+            white.paste(turned, mask=alpha)
+            turned = white
+        return turned.convert('RGB'), done
 
 
 def center_crop(image, size):
     """ADM's crop: halve by box filter while twice too large, then bicubic to `size`, then cut the centre."""
-    if max(image.size) > 16 * min(image.size):                     # else a line of 1 x 30,000 would grow huge
-        half = 8 * min(image.size)
-        x, y = image.width // 2, image.height // 2
-        image = image.crop((max(x - half, 0), max(y - half, 0),
-                            min(x + half, image.width), min(y + half, image.height)))
+    check(max(image.size) <= 100 * min(image.size), f'too long for a square: {image.width} x {image.height}')
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -820,868 +787,477 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def central_square(array):
-    """What `center_crop` leaves of a picture (H, W) before it is scaled."""
-    side = min(array.shape)
-    top, left = (array.shape[0] - side) // 2, (array.shape[1] - side) // 2
-    return array[top:top + side, left:left + side]
+def read_image(path, channels, size):
+    """uint8 array (channels, size, size) of one image, prepared exactly as `folder` prepares a data set."""
+    with reading(path):
+        image = center_crop(load_image(path)[0], size)
+    return np.array(image.convert('L' if channels == 1 else 'RGB')).reshape(size, size, -1).transpose(2, 0, 1)
 
 
-def to_rgb(image):
-    """(RGB picture, what had to be done to it as a list of words)."""
-    done = ['of several frames: the first is taken'] * getattr(image, 'is_animated', False)
-    image.load()                       # or getexif would, and what it swallows would be a picture with holes
-    try:
-        turn = UPRIGHT.get(image.getexif().get(274))
-    except Exception:                                                         # broken EXIF costs no picture
-        turn = None
-    if image.mode.startswith('I'):                                            # 16 bits of grey
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-        done.append('reduced from 16 bits to 8')
-    elif image.has_transparency_data:
-        image = image.convert('RGBA')
-        alpha = image.getchannel('A')
-        if alpha.getextrema()[0] < 255:
-            white = Image.new('RGB', image.size, 'white')
-            white.paste(image, mask=alpha)
-            image = white
-            done.append('transparent: laid on white')
-    elif image.mode == 'CMYK':
-        done.append('turned from CMYK to RGB')
-    image = image.convert('RGB')
-    if turn is not None:
-        image = image.transpose(turn)
-        done.append('turned upright as EXIF says')
-    return image, done
+def list_files(source, leave_out=()):
+    """(names of the files in a folder or zip file; folders directly in it; name -> path or opened file).
 
-
-def read_picture(file, size, crop=center_crop):
-    """(uint8 (3, size, size), what had to be done), or the reason why there is no picture, as a string.
-
-    `file` is a path or a function that gives the bytes, `crop(image, size)` what is wanted of an RGB image.
+    Hidden files and folders, the __MACOSX of zip files from a Mac, and the paths `leave_out` are not listed.
     """
-    try:
-        with Image.open(io.BytesIO(file()) if callable(file) else file, formats=FORMATS) as image:
-            pixels = image.width * image.height                               # none of which is read yet
-            if pixels > MAX_PIXELS:
-                return f'a decompression bomb: {pixels:,} pixels'
-            with LARGE if pixels > LARGE_PIXELS else contextlib.nullcontext():
-                rgb, done = to_rgb(image)
-                if min(rgb.size) < size:
-                    done.append(f'enlarged, being smaller than {size} pixels')
-                return np.asarray(crop(rgb, size)).transpose(2, 0, 1), done
-    except UnidentifiedImageError:
-        return f'not a picture: {", ".join(FORMATS)} are read'
-    except Image.DecompressionBombError as error:
-        return f'a decompression bomb: {error}'
-    except BadInput as error:
-        return str(error)
-    except Exception as error:                                                # a broken file raises anything
-        return f'damaged or not to be read: {getattr(error, "strerror", None) or error}'
+    check(os.path.exists(source), f'there is no {source}')
+    hidden = lambda name: name.startswith('.') or name == '__MACOSX'
+    if not os.path.isdir(source):
+        with reading(source):
+            archive = zipfile.ZipFile(source)
+        names = sorted(name for name in archive.namelist() if not any(map(hidden, name.split('/'))))
+        folders = sorted({name.split('/')[0] for name in names if '/' in name})
+        return [name for name in names if not name.endswith('/')], folders, archive.open
+
+    def stop(error):                                                          # a class would be lost
+        raise error
+
+    names, classes, leave_out = [], None, [os.path.realpath(path) for path in leave_out]
+    for folder, folders, files in os.walk(source, followlinks=True, onerror=stop):
+        above = [os.path.realpath(place) for place in (folder, *pathlib.Path(folder).parents)]
+        folders[:] = sorted(name for name in folders if not hidden(name)      # nor a link to what it lies in
+                            and os.path.realpath(os.path.join(folder, name)) not in (*leave_out, *above))
+        classes = list(folders) if classes is None else classes
+        inside = os.path.relpath(folder, source)
+        names += [os.path.normpath(os.path.join(inside, name)) for name in sorted(files) if not hidden(name)]
+    return names, classes, functools.partial(os.path.join, source)
 
 
 # ------------------------------------------------------------------------------------------------- prepare
 #
-# OUT.partial/chunks/plan.json      what is made; a restart must want the same
-# OUT.partial/chunks/000007.chunk   256 pictures, done: a line of JSON (labels, what was skipped), then rows
-# OUT.partial/data.npy              once all chunks are there, their rows; a moved chunk keeps its line
-# OUT.partial/meta.json             last: all is there but the name
+# OUT.partial/plan.json      what is made: a resumed run must have the same plan
+# OUT.partial/000007.rows    256 rows of data.npy
+# OUT.partial/000007.json    their labels and what was skipped; written last, it marks a finished chunk
+# OUT.partial/made/          becomes OUT when all rows are in it
 #
-# Chunk files appear by renaming, so whatever is killed, what is there is whole. A picture's chunk and its
-# place in a batch of the encoder are the same for any number of processes and restarts: so are its bytes.
+# Every file appears by renaming, so a kill leaves whole files. Rank r makes chunks r, r + world, ... and rank 0
+# joins them. An image's chunk and its place in a batch of the encoder do not depend on the number of ranks or
+# restarts, so its bytes do not either.
 
-CHUNK = 256                                   # pictures; at 256 pixels 4 MB of moments
-BATCH = {'cpu': 4, 'cuda': 32}                # pictures that a VAE encodes at a time; of 512 pixels a quarter
+CHUNK = 256                                   # images; at 256 pixels 4 MB of moments
+BATCH = {'cpu': 4, 'cuda': 32}                # images of 256 pixels that the VAE encodes at once
 
 
-def where_am_i(gpu=False):
-    """(rank, world, device), with the process group set up if torchrun started us.
+def attempt(read, item):
+    """(row, label, [what was done to it]) or, as a string, why this item is skipped.
 
-    Only with `gpu` does a process take its GPU, if there are any. Raises BadInput if that is one too many.
+    An error of the disk or the network is raised, not skipped: the next start tries this chunk again.
     """
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    device = torch.device('cpu')
-    if gpu and torch.cuda.is_available():
-        local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
-        if local >= gpus:
-            raise BadInput(f'process {local} of this machine, counted from 0, has no GPU, for there are '
-                           f'{gpus}: type --nproc_per_node {gpus}')
-        device = torch.device('cuda', local)
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():                       # processes wait a day for the slowest
-        dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
-    return rank, world, device
-
-
-def agree(mistake, world):
-    """All processes stop where one has made a mistake."""
-    failed = torch.tensor([mistake is not None], dtype=torch.int64)
-    if world > 1:
-        dist.all_reduce(failed)
-    if failed:
-        raise mistake or BadInput('another process has found a mistake, see there')
-
-
-def from_first(make, rank, world):
-    """What `make()` returns on process 0, for all."""
-    made, mistake = [None], None
-    if rank == 0:
-        try:
-            made = [make()]
-        except BadInput as error:
-            mistake = error
-    agree(mistake, world)
-    if world > 1:
-        dist.broadcast_object_list(made, 0)
-    return made[0]
-
-
-def prepare(out, found, read, meta, size, workers, encode=None, passed_over=(), remarks=()):
-    """Write the data folder `out` from pictures, by all processes together, restartable.
-
-    found        [(name, label)], shuffled here, so that the held-out end is a fair sample
-    read         read(name) -> `read_picture`'s answer
-    meta         of the folder; a restart must agree with its source and VAE, and with `found`
-    encode       uint8 (n, 3, size, size) -> float16 (n, 8, size / 8, size / 8); None keeps the pixels
-    passed_over  [(name, reason)] that were not even read, `remarks` sentences: for the closing summary
-    Raises BadInput; where the disk fails, what is done is kept for the next try.
-    """
-    rank, world, device = where_am_i(gpu=encode)
-    out = pathlib.Path(out)                                                   # without a slash at its end
-    partial = pathlib.Path(f'{out}.partial')
-    side = size // VAE_FACTOR
-    shape, dtype = ((8, side, side), 'float16') if encode else ((3, size, size), 'uint8')
-    row = math.prod(shape) * np.dtype(dtype).itemsize
-    batch = max(1, min(BATCH[device.type], BATCH[device.type] * 256 ** 2 // size ** 2))
-    order = np.random.default_rng(0).permutation(len(found))
-    chunks = [[found[i] for i in order[at:at + CHUNK]] for at in range(0, len(found), CHUNK)]
-    listing = hashlib.sha256(os.fsencode('\0'.join(f'{name}\0{label}' for name, label in found)))
-    plan = {'source': meta['source'], 'pictures': len(found), 'listing': listing.hexdigest(),
-            'vae_sha256': meta.get('vae_sha256'), 'device': device.type if encode else None, 'chunk': CHUNK}
-    clock, mistake = time.perf_counter(), None
-    with contextlib.ExitStack() as hold:
-        todo = from_first(lambda: begin(out, partial, plan, len(chunks), row, hold), rank, world)
-        count = sum(len(chunks[k]) for k in todo)
-        failed = functools.partial(cannot_write, out, needed=count * row, kept=f'; what is done is kept in '
-                                   f'{partial}, and the same command goes on from there')
-        mine = {k: chunks[k] for k in todo[rank::world]}
-        bar = hold.enter_context(tqdm(desc='pictures' if world == 1 else f'pictures of process 0 of {world}',
-                                      total=sum(map(len, mine.values())), disable=rank > 0 or None, unit=''))
-        hold.enter_context(warnings.catch_warnings())
-        warnings.simplefilter('ignore')                                       # Pillow's: the summary tells
-        try:
-            work(partial / 'chunks', mine, read, encode, batch, shape, dtype, meta, workers, bar)
-        except (OSError, BadInput) as error:
-            mistake = error if isinstance(error, BadInput) else failed(error)
-        bar.close()
-        agree(mistake, world)
-        if rank:
-            return
-        rate = count / (time.perf_counter() - clock)
-        try:
-            meta, done = gather(partial, len(chunks), dtype, shape, meta, passed_over)
-            os.rename(partial, out)
-            shutil.rmtree(out / 'chunks')
-        except OSError as error:
-            raise failed(error) from None
-    for sentence in [*remarks, *(f'{n:,} picture{"s" * (n > 1)} {what}' for what, n in sorted(done.items()))]:
-        print(sentence)
-    tell(out, meta, f'{size} x {size} pixels')
-    print(f'{rate:,.1f} pictures/s, {world} x {workers} threads' if count else 'nothing was left to read')
-
-
-def begin(out, partial, plan, count, row, hold):
-    """Process 0: make or check the working folder; the numbers of the chunks that are still to be made."""
-    chunks = partial / 'chunks'
     try:
-        chunks.mkdir(parents=True, exist_ok=True)
-        lock = hold.enter_context(open(chunks / 'lock', 'w'))
-        with contextlib.suppress(OSError):                                    # there are disks without locks
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)              # free when its holder dies
-            except BlockingIOError:
-                raise BadInput(f'another program is preparing {out} at this moment') from None
-        for litter in partial.rglob('*.tmp*'):
-            litter.unlink()
-        done = {int(path.stem) for path in chunks.glob('*.chunk')}
-        old = json.loads((chunks / 'plan.json').read_text()) if done else plan
-        other = [f'{name} was {old.get(name)} and is now {plan[name]}'
-                 for name in plan if plan[name] != old.get(name)]
-        if other:
-            raise BadInput(f'{partial} was begun for something else ({"; ".join(other)}): type the command '
-                           f'as it was to go on, or remove {partial} to begin anew')
-        todo = [k for k in range(count) if k not in done]
-        check_room(out, min(plan['pictures'], len(todo) * CHUNK) * row)
-        with whole_file(chunks / 'plan.json') as file:
-            file.write(json.dumps(plan).encode())
-    except OSError as error:
-        raise cannot_write(out, error, plan['pictures'] * row) from None
-    if done:
-        print(f'{printable(partial)} has {len(done)} of {count} chunks: going on from there', flush=True)
-    return todo
+        return read(*item)
+    except Exception as error:
+        number = getattr(error, 'errno', None)                                # Pillow's OSErrors have none
+        if number in (None, errno.ENOENT, errno.EACCES, errno.ELOOP):
+            return f'cannot be read: {os.strerror(number) if number else error}'
+        error.filename = error.filename or item[0]
+        raise
 
 
-def work(folder, chunks, read, encode, batch, shape, dtype, meta, workers, bar):
-    """Make `chunks`, {number: [(name, label)]}: one is read by threads while the one before is encoded."""
-    pool = concurrent.futures.ThreadPoolExecutor(workers)         # Pillow decodes and resizes without the GIL
-    queue = lambda k: [pool.submit(read, name) for name, _ in chunks[k]]
-    try:
-        numbers = list(chunks)
-        coming = queue(numbers[0]) if numbers else ()
-        for k, after in zip(numbers, [*numbers[1:], None]):
-            answers, coming = coming, queue(after) if after else ()
-            labels, skipped, done, pictures = [], [], collections.Counter(), []
-            for (name, label), answer in zip(chunks[k], (future.result() for future in answers)):
+def stop_if_failed(partial):
+    """Rank 0 stops where another rank has failed; under torchrun, all others stop then."""
+    if rank_and_world()[0] == 0 and (partial / 'failed').exists():
+        raise BadInput(f'another rank has failed, {(partial / "failed").read_text()}')
+
+
+def make_chunks(partial, chunks, read, dtype, shape, workers, encode, batch):
+    """Write the files of `chunks`, {number: items}. Threads read a chunk while the one before is encoded."""
+    items = [item for chunk in chunks.values() for item in chunk]
+    answers = read_ahead(functools.partial(attempt, read), items, workers, CHUNK)
+    with progress(total=len(items), desc='images', unit='') as bar:
+        for k, chunk in chunks.items():
+            made, labels, skipped, notes = [], [], [], collections.Counter()
+            for (name, _), answer in zip(chunk, answers):
                 if isinstance(answer, str):
                     skipped.append((name, answer))
                 else:
-                    labels.append(label)
-                    pictures.append(answer[0])
-                    done.update(answer[1])
+                    made.append(answer[0])
+                    labels.append(answer[1])
+                    notes.update(answer[2])
             bar.update(len(skipped))
-            rows = np.empty((len(pictures), *shape), dtype)
+            rows = np.empty((len(made), *shape), dtype)
             for at in range(0, len(rows), batch):
-                some = np.stack(pictures[at:at + batch])
+                some = np.stack(made[at:at + batch])
                 rows[at:at + batch] = encode(some) if encode else some
                 bar.update(len(some))
-            line = {'labels': labels, 'skipped': skipped, 'done': done,
-                    'sums': channel_sums(rows, meta).tolist()}
-            with whole_file(folder / f'{k:06d}.chunk') as file:
-                file.write(json.dumps(line).encode() + b'\n' + rows.tobytes())
-    finally:
-        pool.shutdown(cancel_futures=True)
+            with whole_file(partial / f'{k:06d}.rows') as file:
+                file.write(rows.tobytes())
+            with whole_file(partial / f'{k:06d}.json') as file:
+                file.write(json.dumps({'labels': labels, 'skipped': skipped, 'notes': notes}).encode())
+            stop_if_failed(partial)
 
 
-def gather(partial, count, dtype, shape, meta, skipped):
-    """Move the rows of all chunks into data.npy and describe it: (meta, what was done to how many)."""
-    parts = [partial / 'chunks' / f'{k:06d}.chunk' for k in range(count)]
-    labels, skipped, done, spans, sums = [], list(skipped), collections.Counter(), [], 0
-    row = math.prod(shape) * np.dtype(dtype).itemsize
-    for part in parts:
-        with open(part, 'rb') as file:
-            line = file.readline()
-        record = json.loads(line)
-        spans.append((part, len(line), len(labels) * row))
+def join(partial, count, dtype, shape, meta, skipped, notes):
+    """Move the rows of all chunks into made/data.npy and finish that folder. Returns its meta.
+
+    A chunk's rows are removed once they are in data.npy; the numbers of labels say where they are there.
+    """
+    made, labels, skipped, done = partial / 'made', [], list(skipped), collections.Counter()
+    records = [json.loads((partial / f'{k:06d}.json').read_text()) for k in range(count)]
+    for record in records:
         labels += record['labels']
         skipped += record['skipped']
-        done.update(record['done'])
-        sums = sums + np.array(record['sums'])
-    if skipped:
-        with whole_file(partial / 'skipped.txt') as file:
-            file.writelines(f'{printable(name)}\t{reason}\n'.encode() for name, reason in skipped)
+        done.update(record['notes'])
     for name, reason in skipped[:10]:
-        print(f'skipped {printable(name)}: {reason}')
-    if len(skipped) > 10:
-        print(f'... and {len(skipped) - 10:,} more, which skipped.txt names')
-    done.update(f'skipped: {reason.split(":")[0]}' for _, reason in skipped)
+        print(f'skipped {name}: {reason}')
     if len(labels) < 2:
         shutil.rmtree(partial)                                                # nothing in it is worth keeping
-        why = f'; the first that is not: {printable(skipped[0][0])}, {skipped[0][1]}' if skipped else ''
-        raise BadInput(f'there are fewer than 2 readable pictures{why}')
+        raise BadInput(f'{len(labels)} images could be read and {len(skipped):,} could not: 2 are needed')
+    if skipped:
+        print(f'skipped in all: {len(skipped):,}, listed in skipped.txt')
+        with whole_file(made / 'skipped.txt') as file:
+            for name, reason in skipped:
+                file.write(f'{name}\t{reason}\n'.encode(errors='backslashreplace'))
+    for sentence in [*notes, *(f'{number:,} {what}' for what, number in sorted(done.items()))]:
+        print(sentence)
 
-    header = npy_header(dtype, (len(labels), *shape))
-    with open(os.open(partial / 'data.npy', os.O_RDWR | os.O_CREAT, 0o666), 'r+b') as whole:
-        whole.write(header)
-        for part, begin, to in spans:
-            with open(part, 'r+b') as file:
-                file.seek(begin)
-                rows = file.read()
-                if rows:                                                      # else they were moved before
-                    whole.seek(len(header) + to)
-                    whole.write(rows)
-                    whole.flush()
-                    os.fsync(whole.fileno())
-                    file.truncate(begin)
-    return describe(partial, labels, sums, meta | {'skipped': len(skipped)}), done
-
-
-def already_there(out):
-    """Refuse an `out` that exists; True for one that was killed while it tidied up, which this does now."""
-    if not os.path.lexists(out):
-        return False
-    chunks = pathlib.Path(out, 'chunks')
-    ours = os.path.isdir(chunks) and os.path.exists(f'{out}/meta.json') and all(
-        re.fullmatch(r'\d{6,}\.chunk|plan\.json|lock', path.name) for path in chunks.iterdir())
-    if not ours:
-        raise BadInput(f'{out} exists already: remove it, or choose another --out')
-    shutil.rmtree(chunks)
-    print(f'{printable(out)} was complete')
-    return True
+    with open(os.open(made / 'data.npy', os.O_RDWR | os.O_CREAT, 0o666), 'r+b') as file:
+        write_header(file, dtype, (len(labels), *shape))
+        for k in progress(range(count), desc='joining', unit=' chunks'):
+            size = len(records[k]['labels']) * math.prod(shape) * np.dtype(dtype).itemsize
+            rows = partial / f'{k:06d}.rows'
+            if not rows.exists():
+                file.seek(size, os.SEEK_CUR)                                  # moved before a kill
+                continue
+            check(rows.stat().st_size == size, f'{rows} is damaged: remove {partial} and start again')
+            file.write(rows.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+            rows.unlink()
+    return finish(made, labels, {'classes': max(labels) + 1} | meta | {'skipped': len(skipped)})
 
 
-def tell(out, meta, each):
-    """The closing lines: what there is now, of what size, and the numbers of its channels."""
-    kind = 'pictures' if meta['kind'] == 'images' else meta['kind']
-    skipped = f', {meta["skipped"]:,} skipped' if 'skipped' in meta else ''
-    print(f'{printable(out)}: {meta["count"]:,} {kind} of {each}, {meta["classes"] or "no"} classes'
-          f'{skipped}; a look at them: preview.png in it')
-    mean, std = (', '.join(f'{value:.3f}' for value in meta[name]) for name in ('mean', 'std'))
-    print(f'mean of the channels: {mean}')
-    print(f'standard deviation of the channels: {std} (train.py takes 0.5, unless --sigma-data says another)')
+def begin(out, partial, plan, needed):
+    """Make or take up the working folder, and check its plan. Returns rank 0's lock of it.
+
+    False if rank 0 is finished already. `needed` bytes must fit on the disk.
+    """
+    lock = True
+    if rank_and_world()[0] == 0:
+        (partial / 'made').mkdir(parents=True, exist_ok=True)
+        lock = open(partial / 'lock', 'w')                                    # until this process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f'another program is preparing {out} now') from None
+        (partial / 'failed').unlink(missing_ok=True)
+        if not (partial / 'plan.json').exists():
+            free = shutil.disk_usage(partial).free
+            if free < needed:
+                shutil.rmtree(partial)
+                raise BadInput(f'{out} needs {needed / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB '
+                               f'free: make room, or choose another --out')
+            with whole_file(partial / 'plan.json') as file:
+                file.write(json.dumps(plan).encode())
+    while not (partial / 'plan.json').exists() and not os.path.lexists(out):
+        time.sleep(0.1)                                                       # until rank 0 has begun
+    with contextlib.suppress(FileNotFoundError):                              # removed by rank 0 at its end
+        old = json.loads((partial / 'plan.json').read_text())
+        differ = [f'{key} was {str(old.get(key))[:80]} and is now {str(plan[key])[:80]}'
+                  for key in plan if old.get(key) != plan[key]]
+        check(not differ, f'{partial} was begun for something else ({"; ".join(differ)}): run the command as '
+              f'it was to resume, or remove {partial} to start again')
+    return lock
+
+
+def prepare(out, items, read, dtype, shape, meta, workers, encode=None, batch=CHUNK, skipped=(), notes=()):
+    """Write the data folder `out`, all ranks together, restartable.
+
+    items            [(name, label)], shuffled here, so that the held-out end is a fair sample
+    read             read(name, label) -> (row, label, [what was done to it]), called in threads
+    encode           rows (n, ...) -> rows (n, *shape), `batch` at a time; None keeps what was read
+    meta             contents of meta.json; without "classes" they are counted from the labels
+    skipped, notes   [(name, reason)] and sentences for the closing summary
+    """
+    rank, world = rank_and_world()
+    partial = pathlib.Path(f'{out}.partial')
+    order = np.random.default_rng(0).permutation(len(items))
+    chunks = [[items[i] for i in order[at:at + CHUNK]] for at in range(0, len(items), CHUNK)]
+    names = hashlib.sha256(os.fsencode('\0'.join(f'{name}\0{label}' for name, label in items))).hexdigest()
+    plan = meta | {'vae': None, 'images': len(items), 'names': names, 'shape': list(shape), 'chunk': CHUNK}
+    lock = begin(out, partial, plan, len(items) * math.prod(shape) * np.dtype(dtype).itemsize)
+    record = lambda k: partial / f'{k:06d}.json'
+    todo = {k: chunks[k] for k in range(rank, len(chunks), world) if not record(k).exists()}
+    if os.path.lexists(out):
+        return                                                                # rank 0 is finished, without us
+    clock = time.perf_counter()
+    try:
+        make_chunks(partial, todo, read, dtype, shape, workers, encode, batch)
+    except (OSError, BadInput) as error:
+        if rank:
+            (partial / 'failed').write_text(f'rank {rank}: {error}')          # for rank 0, which waits below
+        raise
+    if rank:
+        return
+    if todo:
+        rate = sum(map(len, todo.values())) / (time.perf_counter() - clock)
+        print(f'{rate:,.1f} images/s with {workers} threads; {world} such ranks')
+    missing = range(len(chunks))
+    while missing := [k for k in missing if not record(k).exists()]:
+        stop_if_failed(partial)
+        time.sleep(0.2)
+    meta = join(partial, len(chunks), dtype, shape, meta, skipped, notes)
+    os.rename(partial / 'made', out)
+    shutil.rmtree(partial)
+    lock.close()
+    report(out, meta, shape)
 
 
 # ------------------------------------------------------------------------------------------------- folder
 
-def files_under(source):
-    """The names under `source` of all its files, in sorted order, and of the folders in it.
+def make_folder(source, out, size, workers, vae=None, scale=LATENT_SCALE):
+    """Prepare a tree of images as pixels or, with the file of a VAE, as moments.
 
-    Links are followed, but not back into where they lie; what begins with a dot is left out.
-    Raises BadInput for a folder that cannot be listed.
+    A class is a folder directly in `source`, even an empty one. Without images in folders there are none.
     """
-    def stop(error):
-        raise BadInput(f'cannot list {printable(error.filename)}: {error.strerror}')
+    check(not vae or size % VAE_FACTOR == 0, f'--size {size} must be a multiple of {VAE_FACTOR} for the VAE')
+    files, classes, where = list_files(source, leave_out=(out, f'{out}.partial'))
+    names = [name for name in files if name.lower().endswith(SUFFIXES)]
+    check(names, f'{source} holds no image: expected {", ".join(SUFFIXES)}, in one sub-folder per class')
+    notes, skipped = [], []
+    others = collections.Counter(pathlib.Path(name).suffix for name in set(files) - set(names))
+    if others:
+        notes = [f'left out, for their names are no images\': {dict(others)}']
+    classes = classes if any('/' in name for name in names) else []
+    if classes:
+        skipped = [(name, 'is beside the class folders') for name in names if '/' not in name]
+        names = [name for name in names if '/' in name]
+    label = {name: k for k, name in enumerate(classes)}
+    items = [(name, label.get(name.split('/')[0], 0)) for name in names]
+    for k in sorted(set(label.values()) - {k for _, k in items}):
+        notes.append(f'class {k}, {classes[k]}, has no images: it keeps its number')
+    meta = {'kind': 'moments' if vae else 'images', 'classes': len(classes), 'source': f'folder, {size} px'}
+    if classes:
+        meta['class_names'] = [name.encode(errors='backslashreplace').decode() for name in classes]
 
-    names, places = [], []
-    for folder, folders, files in os.walk(source, followlinks=True, onerror=stop):
-        above = [os.path.realpath(place) for place in pathlib.Path(folder).parents]
-        if os.path.realpath(folder) in above:                                 # a link into what it lies in
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        inside = os.path.relpath(folder, source)
-        places.append(inside)
-        names += [os.path.normpath(os.path.join(inside, name)) for name in sorted(files)
-                  if not name.startswith('.')]
-    return names, places
+    def read(name, label):
+        image, done = load_image(where(name))
+        done += ['enlarged, being smaller than --size'] * (min(image.size) < size)
+        return np.asarray(center_crop(image, size)).transpose(2, 0, 1), label, done
 
-
-def find_pictures(source):
-    """([(name under `source`, label)], class names, [(name, why passed over)], sentences).
-
-    A class is a folder directly under `source`, with or without pictures: class numbers are ImageNet's, those
-    of the sorted folders. Without pictures in folders there are no classes. Raises BadInput.
-    """
-    if not os.path.isdir(source):
-        raise BadInput(f'there is no folder {source} with pictures')
-    names, places = files_under(source)
-    pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-    if not pictures:
-        raise BadInput(f'{source} holds no picture: expected {", ".join(SUFFIXES)} files, in one sub-folder '
-                       f'a class or in none')
-    others = collections.Counter(os.path.splitext(name)[1].lower() or 'without a suffix'
-                                 for name in names if not name.lower().endswith(SUFFIXES))
-    sentences = [f'{n:,} file{"s" * (n > 1)} left out, by name no picture: {printable(suffix)}'
-                 for suffix, n in sorted(others.items())]
-    if not any(os.sep in name for name in pictures):
-        return [(name, 0) for name in pictures], [], [], sentences
-    classes = sorted(place for place in places if os.sep not in place and place != os.curdir)
-    number = {name: k for k, name in enumerate(classes)}
-    found = [(name, number[name.split(os.sep)[0]]) for name in pictures if os.sep in name]
-    used = {label for _, label in found}
-    sentences += [f'class {k}, {printable(name)}, has no pictures: it keeps its number'
-                  for name, k in number.items() if k not in used]
-    passed_over = [(name, 'lies beside the class folders') for name in pictures if os.sep not in name]
-    return found, [printable(name) for name in classes], passed_over, sentences
-
-
-def make_folder(source, out, size, workers, vae=None):
-    """Prepare a tree of pictures, as pixels or, with the file of a VAE, as moments. Raises BadInput."""
-    rank, world, device = where_am_i(gpu=vae)
-    if vae and size % VAE_FACTOR:
-        raise BadInput(f'--size {size} must be a multiple of {VAE_FACTOR} for the VAE')
-    meta = {'kind': 'moments' if vae else 'images', 'source': f'folder, {size} pixels'}
-    found, classes, passed_over, sentences = from_first(lambda: find_pictures(source), rank, world)
-    meta |= {'classes': len(classes)} | ({'class_names': classes} if classes else {})
-    encode = None
-    if vae:
-        network, sha256 = read_vae(vae, device)
-        torch.backends.cudnn.deterministic = True                             # a restart makes the same bytes
-        meta |= {'scale': LATENT_SCALE, 'vae': printable(os.path.abspath(vae)), 'vae_sha256': sha256}
-        encode = functools.partial(encode_pictures, network, device)
-    read = lambda name: read_picture(os.path.join(source, name), size)
-    prepare(out, found, read, meta, size, workers, encode, passed_over, sentences)
+    if not vae:
+        return prepare(out, items, read, 'uint8', (3, size, size), meta, workers, None, CHUNK, skipped, notes)
+    device = rank_world_device()[2]
+    network, sha256 = read_vae(vae, device)
+    torch.backends.cudnn.deterministic = True                                 # the same bytes after a resume
+    if sha256 != MSE_SHA256:
+        notes.append(f'note: {vae} is not sd-vae-ft-mse by its SHA-256: is its scale {scale:g}? That of '
+                     f'Stable Diffusion 1 and 2 is 0.18215, that of SDXL --scale 0.13025')
+    meta |= {'scale': scale, 'vae': os.path.abspath(vae), 'vae_sha256': sha256, 'device': device.type}
+    batch = max(1, min(BATCH[device.type], BATCH[device.type] * 256 ** 2 // size ** 2))
+    side, encode = size // VAE_FACTOR, functools.partial(encode_images, network, device)
+    prepare(out, items, read, 'float16', (8, side, side), meta, workers, encode, batch, skipped, notes)
 
 
 @torch.no_grad()
-def encode_pictures(vae, device, pictures):
-    """uint8 (n, 3, S, S) -> moments float16 (n, 8, S/8, S/8). Raises BadInput if float16 cannot hold them."""
-    moments = vae.encode(torch.from_numpy(pictures).to(device) / 127.5 - 1).half().cpu()
-    if not moments.isfinite().all():
-        raise BadInput('the VAE makes numbers that are not finite in float16: is its file the published one?')
+def encode_images(vae, device, images):
+    """uint8 (n, 3, S, S) -> moments float16 (n, 8, S/8, S/8)."""
+    moments = vae.encode(torch.from_numpy(images).to(device) / 127.5 - 1).half().cpu()
+    check(moments.isfinite().all(), 'the VAE makes moments that are not finite in float16: is it damaged?')
     return moments.numpy()
 
 
 # ------------------------------------------------------------------------------------------ CIFAR-10, CelebA
 
 CIFAR_CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
-CIFAR_MD5 = {'c58f30108f718f92721af3b95e74349a': 'python', 'c32a1d4ab5d03f1284b67883e8d87530': 'binary'}
-CIFAR_BYTES = 250_000_000                     # the archives hold 186 MB
-
-
-class Bounded(io.RawIOBase):
-    """A file that gives `limit` bytes at most, then BadInput: what kilobytes unpack to may be endless."""
-
-    def __init__(self, file, limit, path):
-        self.file, self.left, self.path = file, limit, path
-
-    def read(self, n):
-        content = self.file.read(min(n, self.left + 1) if n >= 0 else self.left + 1)
-        self.left -= len(content)
-        if self.left < 0:
-            raise BadInput(f'{self.path} unpacks to more than CIFAR-10 holds')
-        return content
-
-
-def cifar_batches(source):
-    """{file name: content} of the training batches in an archive or a folder. Nothing is unpacked to disk."""
-    wanted = re.compile(r'data_batch_[1-5](\.bin)?')
-    batches = {}
-    try:
-        if os.path.isdir(source):
-            for name in files_under(source)[0]:
-                if wanted.fullmatch(os.path.basename(name)):
-                    with open(os.path.join(source, name), 'rb') as file:
-                        batches[os.path.basename(name)] = Bounded(file, CIFAR_BYTES // 5, name).read(-1)
-            return batches
-        with open(source, 'rb') as file:
-            if os.path.getsize(source) > CIFAR_BYTES:
-                raise BadInput(f'{source} is larger than CIFAR-10')
-            content = file.read()
-            md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-            packed = content.startswith(b'\x1f\x8b')
-            file.seek(0)
-            plain = gzip.GzipFile(fileobj=file) if packed else file
-            with tarfile.open(fileobj=Bounded(plain, CIFAR_BYTES, source), mode='r|') as archive:
-                for k, member in enumerate(archive):
-                    name = printable(member.name)
-                    odd = 'is one of more than 100' if k >= 100 else \
-                          'points out of it' if points_out(member.name) else \
-                          'is a link or a device' if not (member.isfile() or member.isdir()) else \
-                          f'has {member.size:,} bytes' if member.size > CIFAR_BYTES // 5 else ''
-                    if odd:
-                        raise BadInput(f'{source} has a member {name} that {odd}: this is not CIFAR-10')
-                    if member.isfile() and wanted.fullmatch(os.path.basename(member.name)):
-                        batches[os.path.basename(member.name)] = archive.extractfile(member).read()
-    except FileNotFoundError:
-        raise BadInput(f'there is no {source}: expected cifar-10-python.tar.gz, cifar-10-binary.tar.gz, or '
-                       f'what is in them') from None
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise BadInput(f'{source} is cut short or no tar archive: {error}') from None
-    known = f'the published one, {CIFAR_MD5[md5]} version' if md5 in CIFAR_MD5 else 'of no published archive'
-    print(f'{printable(source)}: its MD5 {md5} is {known}')
-    return batches
-
-
-def read_cifar_batch(name, content):
-    """(pictures uint8 (n, 3, 32, 32), labels) of a batch, binary or python version. Raises BadInput.
-
-    A record of the binary version is a label and 3 x 32 x 32 bytes. The python version is a pickle, which is
-    not loaded: its operations are looked through for the one long string of bytes, the pictures, and for the
-    numbers after the word "labels".
-    """
-    if name.endswith('.bin'):
-        if not content or len(content) % 3073:
-            raise BadInput(f'{name} has {len(content):,} bytes, not a multiple of 3,073: it is cut short')
-        records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-        labels, pixels = records[:, 0], records[:, 1:].tobytes()
-    else:
-        labels, pixels, key = [], b'', None
-        try:
-            for k, (operation, value, _) in enumerate(pickletools.genops(content)):
-                if k > 1_000_000:                                             # a published one has 30,000
-                    raise ValueError('more than 1,000,000 operations')
-                if isinstance(value, str) and operation.name in ('BINSTRING', 'SHORT_BINSTRING', 'STRING'):
-                    value = value.encode('latin-1')
-                if isinstance(value, bytes) and len(value) >= 3072:
-                    pixels = value
-                elif isinstance(value, bytes | str) and operation.name != 'GLOBAL':
-                    key = value if isinstance(value, str) else value.decode('latin-1')
-                elif operation.name.startswith('BININT') and key == 'labels':
-                    labels.append(value)
-        except (ValueError, struct.error) as error:
-            raise BadInput(f'{name} is cut short or no pickle: {error}') from None
-        if not labels or len(pixels) != 3072 * len(labels):
-            raise BadInput(f'{name} holds {len(labels):,} labels and {len(pixels):,} bytes of pictures, '
-                           f'expected 3,072 bytes a label: is this CIFAR-10?')
-    labels = np.asarray(labels)
-    if labels.min() < 0 or labels.max() > 9:
-        raise BadInput(f'{name} holds labels from {labels.min()} to {labels.max()}, expected 0 to 9')
-    return np.frombuffer(pixels, np.uint8).reshape(-1, 3, 32, 32), labels
 
 
 def make_cifar(source, out):
-    """The 50,000 training pictures of CIFAR-10, 32 x 32, shuffled. Raises BadInput."""
-    batches = cifar_batches(source)
-    version = '.bin' * any(name.endswith('.bin') for name in batches)
-    names = [f'data_batch_{k}{version}' for k in range(1, 6)]
-    if missing := [name for name in names if name not in batches]:
-        raise BadInput(f'{source} has no {", ".join(missing)}: it is not CIFAR-10, or cut short')
-    pictures, labels = map(np.concatenate, zip(*(read_cifar_batch(name, batches[name]) for name in names)))
-    order = np.random.default_rng(0).permutation(len(labels))
-    rows = ((pictures[i], int(labels[i])) for i in order)
+    """The 50,000 training images of CIFAR-10, 32 x 32. A record is a label and 3 x 32 x 32 bytes."""
+    wanted, batches = [f'data_batch_{k}.bin' for k in range(1, 6)], {}
+    with reading(source), tarfile.open(source) as archive:
+        for member in archive:
+            name = os.path.basename(member.name)
+            if name in wanted:
+                batches[name] = np.frombuffer(archive.extractfile(member).read(), np.uint8).reshape(-1, 3073)
+            check(name != 'data_batch_1', f"{source} is CIFAR-10's python version, of pickles, which are not "
+                  f'loaded: get cifar-10-binary.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html')
+    check(len(batches) == 5, f'{source} is not cifar-10-binary.tar.gz, it has {len(batches)} of {wanted}')
+    records = np.concatenate([batches[name] for name in wanted])
+    order = np.random.default_rng(0).permutation(len(records))
+    rows = ((records[i, 1:].reshape(3, 32, 32), int(records[i, 0])) for i in order)
     meta = {'kind': 'images', 'classes': 10, 'class_names': CIFAR_CLASSES, 'source': 'CIFAR-10, training set'}
-    tell(out, save_folder(out, rows, 'uint8', (3, 32, 32), meta, len(order)), '32 x 32')
-
-
-MAX_BYTES = 2 ** 27                           # of a picture in a zip file
-
-
-def open_tree(source):
-    """(names of the files in a folder or a zip file, name -> what `read_picture` takes, that zip or None)."""
-    if os.path.isdir(source):
-        return files_under(source)[0], functools.partial(os.path.join, source), None
-    if not os.path.exists(source):
-        raise BadInput(f'there is no {source}')
-    archive = open_zip(source)
-
-    def read(name):
-        if archive.getinfo(name).file_size > MAX_BYTES:
-            raise BadInput(f'too large for a picture: {archive.getinfo(name).file_size:,} bytes')
-        return archive.read(name)
-    names = sorted(name for name in archive.namelist() if not name.endswith('/'))
-    return names, lambda name: functools.partial(read, name), archive
-
-
-def celeba_crop(image, size, side, x, y):
-    """`side` pixels around (x, y) of an aligned picture, scaled by a triangle filter, as others scale it."""
-    if image.size != (178, 218):
-        raise BadInput(f'not aligned, 178 x 218: {image.width} x {image.height}')
-    left, top = x - side // 2, y - side // 2
-    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+    report(out, save_folder(out, rows, 'uint8', (3, 32, 32), meta), (3, 32, 32))
 
 
 def read_attribute(source, attribute):
-    """{picture name: 0 or 1} from list_attr_celeba.txt in or beside `source`. Raises BadInput.
+    """{image name: 0 or 1} from list_attr_celeba.txt in or beside `source`, or in a folder Anno there.
 
-    The file holds a count, 40 names, then a line a picture with its name and 40 times -1 or 1.
+    The file holds a count, 40 names, then a line per image with its name and 40 times -1 or 1.
     """
-    folder = source if os.path.isdir(source) else os.path.dirname(os.path.abspath(source))
-    places = [os.path.join(folder, *way, 'list_attr_celeba.txt') for way in
-              ((), ('Anno',), ('..',), ('..', 'Anno'), ('..', '..', 'Anno'))]
-    path = next((place for place in places if os.path.isfile(place)), None)
-    if path is None:
-        raise BadInput(f'--attribute needs list_attr_celeba.txt in or beside {source}')
-    try:
-        if os.path.getsize(path) > 100_000_000:                               # the published one has 27 MB
-            raise BadInput(f'{path} is larger than the attributes of CelebA')
-        with open(path, encoding='utf-8') as file:
-            file.readline()
-            names = file.readline().split()
-            if attribute not in names:
-                raise BadInput(f'--attribute {attribute} is none of {", ".join(names)[:1000]}')
-            column = names.index(attribute) + 1
-            lines = [line.split() for line in file]
-            return {words[0]: {'1': 1, '-1': 0}[words[column]] for words in lines if words}
-    except (OSError, UnicodeDecodeError, KeyError, IndexError) as error:
-        raise BadInput(f'{path} cannot be read as the attributes of CelebA: {error!r}') from None
+    folder, name = pathlib.Path(source).resolve(), 'list_attr_celeba.txt'
+    places = [place / way for place in (folder, *folder.parents[:2]) for way in (name, f'Anno/{name}')]
+    path = next((place for place in places if place.is_file()), None)
+    check(path, f'--attribute needs {name} in or beside {source}')
+    with reading(path):
+        _, names, *lines = [line.split() for line in path.read_text().splitlines()]
+        check(attribute in names, f'--attribute {attribute} is none of {", ".join(names)}')
+        column = names.index(attribute) + 1
+        return {words[0]: {'1': 1, '-1': 0}[words[column]] for words in lines}
 
 
 def make_celeba(source, out, size, crop, attribute, workers):
-    """The aligned pictures of CelebA, all 202,599, from their folder or zip. Raises BadInput."""
+    """The aligned images of CelebA, all 202,599: `side` pixels around (x, y), bilinear with antialiasing."""
     side, x, y = crop
-    if not (1 <= side and 0 <= x - side // 2 <= 178 - side and 0 <= y - side // 2 <= 218 - side):
-        raise BadInput(f'--crop {side} {x} {y} reaches out of the 178 x 218 pixels')
-    rank, world, _ = where_am_i()
-    files, opened, _ = open_tree(source)
+    left, top = x - side // 2, y - side // 2
+    check(side > 0 and 0 <= left <= 178 - side and 0 <= top <= 218 - side,
+          f'--crop {side} {x} {y} reaches out of the 178 x 218 pixels')
+    files, _, where = list_files(source, leave_out=(out, f'{out}.partial'))
+    names = [name for name in files if name.lower().endswith('.jpg')]
+    check(names, f'{source} holds no .jpg: expected img_align_celeba.zip, or the folder in it')
+    labels = read_attribute(source, attribute) if attribute else {}
+    lost = [name for name in names if attribute and os.path.basename(name) not in labels]
+    check(not lost, f'list_attr_celeba.txt lacks {lost[:1]} and {len(lost) - 1} more')
+    items = [(name, labels.get(os.path.basename(name), 0)) for name in names]
 
-    def find():
-        names = [name for name in files
-                 if name.lower().endswith('.jpg') and not os.path.basename(name).startswith('.')]
-        if not names:
-            raise BadInput(f'{source} holds no .jpg: expected img_align_celeba.zip, or the folder in it')
-        if not attribute:
-            return [(name, 0) for name in names]
-        labels = read_attribute(source, attribute)
-        if lost := [name for name in names if os.path.basename(name) not in labels]:
-            raise BadInput(f'list_attr_celeba.txt lacks {printable(lost[0])} and {len(lost) - 1} more')
-        return [(name, labels[os.path.basename(name)]) for name in names]
+    def read(name, label):
+        image, done = load_image(where(name))
+        check(image.size == (178, 218), f'not aligned, 178 x 218: {image.width} x {image.height}')
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1), label, done
 
-    found = from_first(find, rank, world)
-    cut = functools.partial(celeba_crop, side=side, x=x, y=y)
     meta = {'kind': 'images', 'classes': 2 if attribute else 0,
             'source': f'CelebA, {side} pixels around ({x}, {y}) to {size}, classes by {attribute}'}
     meta |= {'class_names': [f'not {attribute}', attribute]} if attribute else {}
-    prepare(out, found, lambda name: read_picture(opened(name), size, cut), meta, size, workers)
+    prepare(out, items, read, 'uint8', (3, size, size), meta, workers)
 
 
 # ------------------------------------------------------------------------------------------------- import
 
-def map_array(path, begin=0, length=None):
-    """The array of the .npy file that lies at `begin` in the file `path`, mapped. Raises BadInput."""
-    try:
-        length = os.path.getsize(path) - begin if length is None else length
-        with open(path, 'rb') as file:
-            file.seek(begin)
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError('its version is not 1.0')
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            header = file.tell() - begin
-        if dtype.kind not in 'fiu':
-            raise ValueError(f'it holds {dtype}, no plain numbers')
-        if min(shape, default=1) < 1 or header + math.prod(shape) * dtype.itemsize != length:
-            raise ValueError(f'{dtype} {shape} do not fill its {length:,} bytes')
-        return np.memmap(path, dtype, 'r', begin + header, shape, 'F' if fortran else 'C')
-    except Exception as error:                                               # a broken header raises anything
-        raise BadInput(f'{printable(path)} has an array that is cut short or cannot be read: '
-                       f'{printable(getattr(error, "strerror", None) or error)[:300]}') from None
+def open_layout(source):
+    """(layout, [(name, label)], has labels, fetch(name, label) -> (row, label, notes)) of others' data."""
+    if str(source).endswith('.npz'):                                          # arr_0 (N, H, W, 3), arr_1 (N,)
+        with reading(source), np.load(source) as file:
+            array = file['arr_0'].transpose(0, 3, 1, 2) if file['arr_0'].dtype == np.uint8 else file['arr_0']
+            labels = file['arr_1'] if 'arr_1' in file else np.full(len(array), -1)
+            items = [(str(i), int(labels[i])) for i in range(len(array))]
+        return "ADM's .npz", items, labels.max() >= 0, lambda name, label: (array[int(name)], label, [])
+
+    files, _, where = list_files(source)
+    features = [name for name in files if '_features/' in name]
+    if features:                                                              # (1, C, h, h), labels (1,)
+        def fetch(name, _):
+            return np.load(where(name))[0], int(np.load(where(name.replace('_features/', '_labels/')))[0]), []
+        return "fast-DiT's features", [(name, -1) for name in features], True, fetch
+
+    check('dataset.json' in files, f'{source} is in no known layout: expected an .npz file, a folder with '
+          f'NAME_features in it, or a folder or zip file with dataset.json in it')
+    with reading(f'{source}/dataset.json'):                                   # "labels": [[name, class], ...]
+        opened = where('dataset.json')
+        with open(opened, 'rb') if isinstance(opened, str) else opened as file:
+            labels = json.load(file)['labels']
+        label_of = dict(labels or [])
+        items = [(name, int(label_of[name]) if labels else -1) for name in files
+                 if name.lower().endswith(('.npy', *SUFFIXES))]
+
+    def fetch(name, label):
+        if name.endswith('.npy'):
+            return np.load(where(name)), label, []
+        image, done = load_image(where(name))
+        return np.asarray(image).transpose(2, 0, 1), label, done
+    return "EDM's layout", items, bool(labels), fetch
 
 
-def place_of(archive, name):
-    """(path, begin, length) of a member of a zip file, for `map_array`. Raises BadInput."""
-    member = archive.getinfo(name)
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise BadInput(f'{archive.filename} is compressed: type `python -m zipfile -e {archive.filename} '
-                       f'FOLDER` and import what is in FOLDER')
-    with open(archive.filename, 'rb') as file:
-        file.seek(max(member.header_offset, 0))                               # a lying directory goes below
-        head = file.read(30)
-    if len(head) < 30 or head[:4] != b'PK\3\4':
-        raise BadInput(f'{archive.filename} has no member where it says that {printable(name)} is')
-    begin = member.header_offset + 30 + sum(struct.unpack('<HH', head[26:]))
-    return archive.filename, begin, member.file_size
+def make_import(source, out, scale, workers):
+    """Copy what another repository has prepared; see the docstring of this file."""
+    layout, items, labelled, fetch = open_layout(source)
+    check(len(items) > 1, f'{source} holds {len(items)} rows: at least 2 are needed')
+    with reading(source):
+        some = [fetch(*item)[0] for item in items[::-(-len(items) // 16)]]
+    shape, given = some[0].shape, some[0].dtype
+    check(len(shape) == 3 and shape[1] == shape[2] and (given == np.uint8 or shape[0] in (4, 8)),
+          f'{source} holds {given} {shape}: expected uint8 (C, H, H), latents (4, h, h), moments (8, h, h)')
+    kind = 'images' if given == np.uint8 else 'latents' if shape[0] == 4 else 'moments'
+    latents = 'float16' if given == np.float16 else 'float32'
+    dtype = {'images': 'uint8', 'moments': 'float16', 'latents': latents}[kind]
+    check(kind != 'images' or scale is None, '--scale is for latents, and these are images')
+    # Stable Diffusion's log-variances are far below 0, and standard deviations never are
+    deviations = kind == 'moments' and min(row[4:].min() for row in some) >= 0
+    content = f'{kind}, mean and standard deviation' if deviations else kind
+    print(f'{source}: {layout}, {len(items):,} rows of {given} {" x ".join(map(str, shape))}: {content}')
 
+    def read(name, label):
+        row, label, done = fetch(name, label)
+        check(row.shape == shape and row.dtype == given, f'{row.dtype} {row.shape} is not {given} {shape}')
+        if deviations:
+            mean, std = np.split(row.astype(np.float32), 2)
+            check(std.min() >= 0, 'a standard deviation is below 0')
+            row = np.concatenate([mean, 2 * np.log(std.clip(1e-7))])
+        elif kind == 'latents' and scale is not None:
+            row = scale * row.astype(np.float32)
+        with np.errstate(over='ignore'):
+            row = row.astype(dtype)
+        check(np.isfinite(row).all(), f'numbers are not finite in {dtype}')
+        return row, max(label, 0), done
 
-def dataset_labels(source, archive, names):
-    """Labels (N,) of the files `names`, or None, by EDM's dataset.json: {"labels": [[name, class], ...]}."""
-    most = 1000 + 200 * len(names)                                            # bytes; an entry has about 50
-    try:
-        with archive.open('dataset.json') if archive else open(f'{source}/dataset.json', 'rb') as file:
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise ValueError(f'more than {most:,} bytes')
-        pairs = json.loads(content)['labels']
-        if pairs is None:
-            return None
-        labels = {name: label for name, label in pairs}
-        found = [labels[name] for name in names]
-        if not all(type(label) is int and 0 <= label < MOST_CLASSES for label in found):
-            raise TypeError('labels must be class numbers')
-        return np.array(found)
-    except Exception as error:                                                # JSON and zip raise many things
-        raise BadInput(f'{source} needs a dataset.json with {{"labels": [[name, class], ...]}} for its '
-                       f'{len(names):,} files: {type(error).__name__} {printable(error)[:100]}') from None
-
-
-def open_arrays(source, names, archive):
-    """(what it is, number of rows, row(i) -> array, labels (N,) or None) of others' arrays, or BadInput."""
-    path = pathlib.Path(source)
-    if features := sorted(path.glob('*_features')):
-        inside = features[0].name + os.sep
-        order = [name.removeprefix(inside) for name in names if name.startswith(inside)]
-        beside = pathlib.Path(str(features[0]).removesuffix('_features') + '_labels')
-        if len(features) > 1 or not order or not all(re.fullmatch(r'\d{1,9}\.npy', name) for name in order):
-            raise BadInput(f'{source} should hold one folder NAME_features of 0.npy, 1.npy, ...')
-        if lost := [name for name in order if not (beside / name).is_file()]:
-            raise BadInput(f'{beside} lacks {lost[0]} and {len(lost) - 1} more: each feature needs its label')
-        labels = [map_array(beside / name).reshape(-1)[0] for name in order]
-        row = lambda i: map_array(features[0] / order[i])
-        return "fast-DiT's features", len(order), row, np.array(labels)
-    if path.is_dir() or archive:
-        order = [name for name in names if name.endswith('.npy')]
-        if not order:
-            raise BadInput(f'{source} holds neither dataset.json with .png or .npy files, nor a folder '
-                           f'NAME_features: type the folder or the zip file that does')
-        labels = dataset_labels(source, archive, order)
-        row = lambda i: map_array(*(place_of(archive, order[i]) if archive else (path / order[i],)))
-        return "EDM's layout of arrays", len(order), row, labels
-    if path.suffix == '.npz':
-        archive = open_zip(source)
-        arrays = {name: map_array(*place_of(archive, f'{name}.npy')) for name in
-                  ('arr_0', 'latents', 'arr_1', 'labels') if f'{name}.npy' in archive.namelist()}
-    else:
-        arrays = {'array': map_array(source)}
-    labels = arrays.pop('arr_1', arrays.pop('labels', None))
-    if len(arrays) != 1 or any(array.ndim != 4 for array in arrays.values()):
-        told = ', '.join(f'{name} {array.dtype} {array.shape}' for name, array in arrays.items())
-        raise BadInput(f'{source} holds {told or "no arr_0 or latents"}: expected one array (N, C, h, h)')
-    (name, array), = arrays.items()
-    if array.dtype == np.uint8 and array.shape[3] in (1, 3):                  # ADM's (N, H, W, C)
-        return f'{name} of pictures', len(array), lambda i: array[i].transpose(2, 0, 1), labels
-    return name, len(array), array.__getitem__, labels
-
-
-def find_layout(look, layout):
-    """(layout, how it is known) of rows: pixels, mean-logvar, mean-std or sampled. Raises BadInput."""
-    C = look.shape[1]
-    if look.dtype == np.uint8:
-        return 'pixels', 'uint8'
-    if layout and layout != 'sampled' and C % 2:
-        raise BadInput(f'--layout {layout} needs an even number of channels, and there are {C}')
-    if layout:
-        return layout, 'as --layout says'
-    if C == 4:
-        return 'sampled', '4 channels'
-    if C != 8:
-        raise BadInput(f'rows of {C} channels are neither 4 sampled latents nor 8 moments: type --layout')
-    low = look[:, 4:].min()
-    if low < 0:
-        return 'mean-logvar', f'channels 4 to 7 go down to {low:.3g}, and a standard deviation does not'
-    return 'mean-std', f'channels 4 to 7 of {len(look)} rows are never below 0, as log-variances would be'
-
-
-def make_import(source, out, layout, scale, workers):
-    """Copy what another repository has prepared; see the docstring of this file. Raises BadInput."""
-    def pictures_take_no_flags():
-        if layout or scale is not None:
-            raise BadInput('--layout and --scale are for latents, and these are pictures')
-
-    path = pathlib.Path(source)
-    if not os.path.exists(path):
-        raise BadInput(f'there is no {source}')
-    tree = path.is_dir() or path.suffix == '.zip'
-    names, opened, archive = open_tree(source) if tree else ((), None, None)
-    pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-    if pictures and 'dataset.json' in names:
-        pictures_take_no_flags()
-        return import_pictures(source, pictures, opened, archive, out, workers)
-    if int(os.environ.get('RANK', 0)):
-        return None
-    what, count, row, labels = open_arrays(source, names, archive)
-    if count < 2:
-        raise BadInput(f'{source} holds 1 row: at least 2 are needed, one to train on and one held out')
-    order = np.random.default_rng(0).permutation(count)
-    first = row(order[0])
-    shape = first.shape[first.ndim == 4:]                                     # fast-DiT's are (1, C, h, w)
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise BadInput(f'{source} holds rows {first.shape}: expected (C, h, h)')
-    if first.dtype == np.uint8:
-        pictures_take_no_flags()
-
-    def get(i):
-        found = row(i)
-        if found.dtype != first.dtype or found.size != math.prod(shape) or found.shape[-3:] != shape:
-            raise BadInput(f'{source} holds rows {first.dtype} {first.shape} and {found.dtype} '
-                           f'{found.shape}: all must be alike')
-        return np.asarray(found).reshape(shape)
-
-    layout, why = find_layout(np.stack([get(i) for i in order[:100]]), layout)
-    if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in 'iu' or labels.min() < 0
-                               or labels.max() >= MOST_CLASSES):
-        raise BadInput(f'{source} holds labels {labels.dtype} {labels.shape}: expected {count:,} class '
-                       f'numbers from 0 and below a million')
-    classes = 0 if labels is None else int(labels.max()) + 1
-    print(f'{printable(source)}: {what}, {count:,} rows of {first.dtype} {shape}, {classes or "no"} classes')
-    print(f'layout {layout}: {why}')
-    moments = layout.startswith('mean')
-    kind = 'images' if layout == 'pixels' else 'moments' if moments else 'latents'
-    dtype = 'uint8' if kind == 'images' else 'float16' if moments or first.dtype == np.float16 else 'float32'
-
-    def rows():
-        for i in tqdm(order, 'rows', unit='', disable=None):
-            x = get(i)
-            if layout == 'mean-std':
-                mean, std = np.split(x.astype(np.float32), 2)
-                if std.min() < 0:
-                    raise BadInput(f'{source}: row {i} has a deviation below 0: type --layout mean-logvar')
-                x = np.concatenate([mean, 2 * np.log(std.clip(1e-7))])
-            elif kind == 'latents' and scale is not None:
-                x = scale * x.astype(np.float32)
-            with np.errstate(over='ignore'):
-                x = x.astype(dtype)
-            if not np.isfinite(x).all():
-                raise BadInput(f'{source}: row {i} holds numbers that are not finite in {dtype}')
-            yield x, 0 if labels is None else int(labels[i])
-
-    meta = {'kind': kind, 'classes': classes, 'source': f'import of {what}, {layout}'}
+    meta = {'kind': kind, 'source': f'import of {layout}, {content}'} | ({} if labelled else {'classes': 0})
     if kind != 'images':
         meta['scale'] = LATENT_SCALE if scale is None else scale
-    meta = save_folder(out, rows(), dtype, shape, meta, count)
-    tell(out, meta, ' x '.join(map(str, shape)))
-    std = np.mean(meta['std'])
-    if kind != 'images' and not 0.3 < std < 2.5:
-        print(f'note: what a network sees usually deviates by 0.5 to 1.2, and this by {std:.2f}: --scale is '
-              f'what it is multiplied by')
-
-
-def as_it_is(image, size):
-    """The crop of pictures that others have prepared: none. Raises BadInput for another size."""
-    if image.size != (size, size):
-        raise BadInput(f'not {size} x {size} like the first: {image.width} x {image.height}')
-    return image
-
-
-def import_pictures(source, names, opened, archive, out, workers):
-    """EDM's layout of pictures: a folder or zip file of them, all as large as the first, and dataset.json."""
-    rank, world, _ = where_am_i()
-
-    def find():
-        labels = dataset_labels(source, archive, names)
-        first = read_picture(opened(names[0]), 1, lambda image, _: image)
-        if isinstance(first, str) or first[0].shape[1] != first[0].shape[2]:
-            raise BadInput(f'{source}: its first picture cannot be read, or is not as high as wide')
-        size, classes = first[0].shape[1], 0 if labels is None else int(labels.max()) + 1
-        return size, classes, [*zip(names, [0] * len(names) if labels is None else labels.tolist())]
-
-    size, classes, found = from_first(find, rank, world)
-    if rank == 0:
-        print(f"{printable(source)}: EDM's layout, {len(found):,} pictures {size} x {size}, "
-              f'{classes or "no"} classes')
-    meta = {'kind': 'images', 'classes': classes, 'source': f"import of EDM's layout, {size} pixels"}
-    read = lambda name: read_picture(opened(name), size, as_it_is)
-    prepare(out, found, read, meta, size, workers)
+    prepare(out, items, read, dtype, shape, meta, workers)
 
 
 # ------------------------------------------------------------------------------------------- command line
 
 def parse(argv):
     parser = argparse.ArgumentParser(description='Prepare a data folder.', allow_abbrev=False,
-                                     epilog='`data.py folder --help` tells the flags of `folder`, and so on.')
-    sub = parser.add_subparsers(dest='what', required=True)
-    threads = max(1, (os.cpu_count() or 1) // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+                                     epilog='`data.py folder --help` shows the flags of `folder`, and so on.')
+    commands = parser.add_subparsers(dest='what', required=True)
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
     def command(name, about, out, source=None, workers=True):
-        made = sub.add_parser(name, help=about, description=f'Prepare {about}.', allow_abbrev=False)
+        made = commands.add_parser(name, help=about, description=f'Prepare {about}.', allow_abbrev=False,
+                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         if source:
             made.add_argument('source', help=source)
-        made.add_argument('--out', type=pathlib.Path, default=out, help=f'folder to make ({out})')
+        made.add_argument('--out', type=pathlib.Path, default=out, help='folder to make')
         if workers:
-            made.add_argument('--workers', type=int, default=threads,
-                              help=f'threads that read pictures, each process ({threads})')
+            made.add_argument('--workers', type=int, default=max(1, cores), help='threads per rank that read')
         return made.add_argument
+
     flag = command('shapes', '10 classes of drawn shapes', 'shapes', workers=False)
-    flag('--size', type=int, default=SHAPES_SIZE, help=f'pixels a side ({SHAPES_SIZE})')
-    flag('--n', type=int, default=SHAPES_COUNT, help=f'number of pictures ({SHAPES_COUNT})')
-    flag('--seed', type=int, default=0, help='another one draws other shapes (0)')
-    flag = command('folder', 'a tree of pictures', 'data', 'one sub-folder a class, or none')
-    flag('--size', type=int, required=True, help='pixels a side, to which pictures are cut and scaled')
-    flag('--vae', metavar='FILE', help="store moments of this file, Stable Diffusion's VAE, and no pixels")
-    command('cifar10', 'CIFAR-10', 'cifar10', 'archive, python or binary version, or what is in it', False)
+    flag('--size', type=int, default=16, help='pixels a side')
+    flag('--n', type=int, default=20_000, help='number of images')
+    flag('--seed', type=int, default=0, help='another seed draws other shapes')
+    flag = command('folder', 'a tree of images', 'data', 'folder or zip file, with a sub-folder per class')
+    flag('--size', type=int, required=True, help='pixels a side, to which images are cropped and resized')
+    flag('--vae', metavar='FILE', help="store moments of Stable Diffusion's VAE in FILE instead of pixels")
+    flag('--scale', type=float, default=LATENT_SCALE, help='what samples of the moments are multiplied by')
+    command('cifar10', 'CIFAR-10', 'cifar10', 'cifar-10-binary.tar.gz', workers=False)
     flag = command('celeba', 'CelebA, aligned', 'celeba', 'img_align_celeba.zip, or the folder in it')
-    flag('--size', type=int, default=64, help='pixels a side (64)')
+    flag('--size', type=int, default=64, help='pixels a side')
     flag('--crop', type=int, nargs=3, default=(128, 89, 121), metavar=('SIDE', 'X', 'Y'),
-         help='square around a centre, in pixels (128 89 121)')
-    flag('--attribute', help='one of list_attr_celeba.txt, as the class (none: no classes)')
-    flag = command('import', 'what another repository has prepared', 'data', 'folder, .zip, .npz or .npy')
-    flag('--layout', choices=('mean-logvar', 'mean-std', 'sampled'),
-         help='what the channels of latents are (told by a look at some)')
-    flag('--scale', type=float, help=f'what latents are multiplied by ({LATENT_SCALE}, as sampled ones are '
-         f'taken to have been)')
+         help='square around a centre, in pixels')
+    flag('--attribute', help='one of list_attr_celeba.txt, as the class; without it there are no classes')
+    flag = command('import', 'what another repository has prepared', 'data', 'folder, .zip or .npz')
+    flag('--scale', type=float, help=f'what latents or samples of moments are multiplied by; none: 1 for '
+         f'latents, {LATENT_SCALE} for moments')
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    if not 1 <= getattr(args, 'size', 1) <= MOST_SIDE or getattr(args, 'workers', 1) < 1 \
-            or getattr(args, 'n', 2) < 2:
-        raise BadInput(f'--size must be from 1 to {MOST_SIDE:,}, --workers at least 1, --n at least 2')
-    scale = getattr(args, 'scale', None)
-    if getattr(args, 'seed', 0) < 0 or scale is not None and not 0 < scale < 1e6:
-        raise BadInput('--seed must be at least 0, --scale above 0 and below a million')
-    rank, world, _ = where_am_i()
-    if from_first(lambda: already_there(args.out), rank, world):
-        return
-    if args.what == 'folder':
-        make_folder(args.source, args.out, args.size, args.workers, args.vae)
+    for name, least in (('size', 1), ('workers', 1), ('n', 2), ('seed', 0)):
+        check(getattr(args, name, least) >= least, f'--{name} must be at least {least}')
+    check(getattr(args, 'scale', None) is None or args.scale > 0, '--scale must be above 0')
+    sys.stdout.reconfigure(errors='backslashreplace')                         # for names that are not UTF-8
+    warnings.filterwarnings('ignore', module='PIL')                           # the summary has what matters
+    rank, partial = rank_and_world()[0], pathlib.Path(f'{args.out}.partial')
+    if os.path.lexists(args.out):
+        if rank == 0 and partial.exists() and not (partial / 'made').exists():
+            shutil.rmtree(partial)                                            # killed while it tidied up
+            print(f'{args.out} was complete')
+        else:
+            check(rank, f'{args.out} exists already: remove it, or choose another --out')
+    elif args.what == 'folder':
+        make_folder(args.source, args.out, args.size, args.workers, args.vae, args.scale)
     elif args.what == 'celeba':
         make_celeba(args.source, args.out, args.size, args.crop, args.attribute, args.workers)
     elif args.what == 'import':
-        make_import(args.source, args.out, args.layout, args.scale, args.workers)
+        make_import(args.source, args.out, args.scale, args.workers)
     elif rank == 0 and args.what == 'cifar10':                                # quick: no work for several
         make_cifar(args.source, args.out)
     elif rank == 0:
-        meta = make_shapes(args.out, args.size, args.n, args.seed)
-        tell(args.out, meta, f'{args.size} x {args.size} pixels')
+        report(args.out, make_shapes(args.out, args.size, args.n, args.seed), (3, args.size, args.size))
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except BadInput as mistake:
-        print(f'data.py: {mistake}', file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print('data.py: interrupted; of pictures, what is done is kept for the same command', file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    script('data.py', main)
