@@ -72,18 +72,18 @@ def main(argv=None):
     check(path, f'{args.checkpoint} does not know what it was trained on: give a data folder with --data')
     dataset = data.open_data(path)
     check((dataset.resolution, dataset.channels) == (trained.resolution, trained.channels),
-          f'{path} holds {dataset.channels} x {dataset.resolution} x {dataset.resolution}, and {args.checkpoint} '
-          f'was trained on {trained.channels} x {trained.resolution} x {trained.resolution}: give other --data')
-    check(dataset.classes or not trained.classes, f'{path} has no labels, and {args.checkpoint} was trained with '
+          f'{path} holds {dataset.channels} x {dataset.resolution} x {dataset.resolution}, and the network was '
+          f'trained on {trained.channels} x {trained.resolution} x {trained.resolution}: give other --data')
+    check(dataset.classes or not trained.classes, f'{path} has no labels, and the network was trained with '
           f'{trained.classes} classes: give data with labels')
     cfg = dataclasses.replace(cfg, seed=seed, steps=args.steps, batch=args.batch, lr=args.lr,
                               lr_decay=args.lr_decay, **train.describe(dataset, labelled=trained.classes > 0))
     if not resumed:
-        start = [{name: value for name, value in state[key].items() if not name.startswith(model.TRAINING_ONLY)}
-                 for key in ('model', 'ema')]
+        start = [{name: value for name, value in weights.items() if not name.startswith(model.TRAINING_ONLY)}
+                 for weights in (state['model'], state['ema'])]
         if cfg.classes != trained.classes:
-            print(f'labels    {trained.classes} classes were trained and the data has {cfg.classes}: the label '
-                  f'table is new, except for the row of dropped labels')
+            print(f'labels    {trained.classes} classes were trained and the data has {cfg.classes}: the '
+                  f'label table is new, except for the row of dropped labels')
             start = [new_label_rows(weights, cfg.classes, seed) for weights in start]
     path = train.train(args, cfg, dataset, start)
 

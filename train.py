@@ -15,8 +15,8 @@ It writes into --out:
 
 To resume, run the same command again. All randomness is a function of (seed, step, purpose), so on the same
 machine a resumed run has the same bits as an uninterrupted one. SIGTERM or Ctrl-C finishes the step, writes a
-checkpoint and exits with status 128 + signal. With torchrun's --max-restarts, a rank that dies costs the steps
-since the last checkpoint.
+checkpoint and exits with status 128 + signal. With torchrun's --max-restarts, a rank that dies costs the
+steps since the last checkpoint.
 """
 
 import argparse
@@ -29,7 +29,6 @@ import json
 import math
 import os
 import pathlib
-import platform
 import re
 import resource
 import shutil
@@ -65,9 +64,9 @@ def shared_flags(parser, steps, batch):
     """The flags of train.py and finetune.py: how a run is done, not what network it trains."""
     flag = parser.add_argument
     flag('--steps', type=int, default=steps, help='optimizer steps')
-    flag('--batch', type=int, default=batch, help='global batch in images: ranks x micro-batch x --accumulate')
+    flag('--batch', type=int, default=batch, help='global: ranks x micro-batch x --accumulate')
     flag('--accumulate', type=int, default=1, help='gradient accumulation: backward passes per step')
-    flag('--lr-decay', type=float, default=0.0, help='last share of the steps in which --lr falls to 0 linearly')
+    flag('--lr-decay', type=float, default=0.0, help='last share of the steps, in which --lr falls to 0')
     flag('--precision', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='mixed precision')
     flag('--compile', action=argparse.BooleanOptionalAction, help='compile each block; None: on GPUs')
     flag('--checkpoint-blocks', action='store_true', help='activation checkpointing: a third of the memory, '
@@ -96,10 +95,10 @@ def parse(argv):
     method = parser.add_argument_group('depending on --method')
     flag = lambda name, **settings: method.add_argument(name, default=argparse.SUPPRESS, **settings)
     flag('--lr', type=float, help='learning rate (default: 1e-4, mdt 3e-4)')
-    flag('--mask-ratio', type=float, help='masked share of the tokens (default: maskdit and mcdit 0.5, mdt 0.3, '
+    flag('--mask-ratio', type=float, help='masked share of the tokens (default: maskdit, mcdit 0.5, mdt 0.3, '
          'sddit 0.2)')
-    flag('--bridge', choices=('zero', 'xavier'), help="initial weight of the decoder's bridge (default: zero)")
-    flag('--unmasked', type=float, help='share of the steps that mask nothing, ours and in no paper (default: 0)')
+    flag('--bridge', choices=('zero', 'xavier'), help='initial weights of the bridge (default: zero)')
+    flag('--unmasked', type=float, help='share of steps that mask nothing; in no paper (default: 0)')
     flag('--lambda-noise', type=float, help='weight of L_noise (default: 0.1; MC-DiT Tables 4, 6, 13)')
     flag('--lambda-con1', type=float, help='weight of the noisy branch (default: 0.1; Tables 5, 14)')
     flag('--lambda-con2', type=float, help='weight of the clean branch (default: 0.05; Tables 5, 15)')
@@ -113,7 +112,8 @@ def configuration(args, dataset):
     """The run's Config. Precedence: default < the method's row < the command line. Raises BadInput."""
     given, method = vars(args), model.METHODS[args.method]
     for name in {flag for other in model.METHODS.values() for flag in other.flags} - set(method.flags):
-        check(name not in given, f'--{name.replace("_", "-")} does not apply to --method {args.method}: leave it out')
+        check(name not in given,
+              f'--{name.replace("_", "-")} does not apply to --method {args.method}: leave it out')
     cfg = model.Config(
         method=args.method, model=args.model, seed=args.seed, sigma_data=args.sigma_data, steps=args.steps,
         batch=args.batch, lr_decay=args.lr_decay, **describe(dataset, labelled=not args.unlabelled),
@@ -158,18 +158,16 @@ def setup_distributed():
 
 
 @contextlib.contextmanager
-def lock_folder(out):
+def lock_folder(out, rank):
     """Keep a second run out of the folder. The lock ends with the process, however that ends."""
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f'another run is writing into {out}: wait for its end, or choose another --out') from None
-    except OSError:
-        pass                                                                  # a file system without locks
-    try:
+        if rank == 0:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise BadInput(f'another run is writing into {out}: wait, or choose another --out') from None
     finally:
         os.close(folder)
 
@@ -198,7 +196,7 @@ def git_commit():
                               capture_output=True, text=True).stdout.strip() or 'unknown'
 
 
-# ------------------------------------------------------------------------------------- checkpoints and the log
+# --------------------------------------------------------------------------------- checkpoints and the log
 
 def checkpoints(out):
     """Those that training wrote into `out`, oldest first."""
@@ -226,16 +224,29 @@ def newest_checkpoint(out, verify=True):
     return None, None
 
 
+def save(path, state, keep_every):
+    """Write a checkpoint, whole or not at all, and remove those it replaces. Returns the error, or None."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)                        # somebody may have removed it
+        with data.whole_file(path) as file:
+            torch.save(state, file)
+        for old in checkpoints(path.parent)[:-2]:
+            if not keep_every or int(old.stem) % keep_every:
+                old.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:                                  # torch makes one of a full disk
+        return error
+
+
 def check_same_run(theirs, cfg, where):
     """Raise BadInput if `theirs`, the configuration in a checkpoint or a log, is of another run than cfg."""
-    may_change = {'data', 'class_names', 'vae', 'tuned_from'}                 # paths and words: hashes may not
+    may_change = {'data', 'class_names', 'vae', 'tuned_from'}             # paths and words; hashes may not
     if not cfg.lr_decay and model.METHODS[cfg.method].teacher is not model.EMAEncoder:
         may_change.add('steps')                                               # no schedule depends on it
     ours = dataclasses.asdict(cfg)
     differ = [f'{name} was {theirs[name]!r} and is now {ours[name]!r}' for name in ours
               if name in theirs and name not in may_change and theirs[name] != ours[name]]
-    check(not differ, f'{where} is of another configuration ({"; ".join(differ[:3])}): choose another --out, or '
-          f'type the command it was made with')
+    check(not differ, f'{where} is of another configuration ({"; ".join(differ[:3])}): choose another --out, '
+          f'or type the command it was made with')
 
 
 def read_log(out):
@@ -247,15 +258,15 @@ def read_log(out):
         try:
             lines.append(json.loads(text))
         except ValueError:
-            check(number == len(texts), f'{path} is not a log of train.py, line {number} is not JSON: move it away')
+            check(number == len(texts), f'{path} is not a log of train.py: line {number} is no JSON. Move it away')
     return lines
 
 
 def write_log(out, line):
-    """Append a dictionary to the log; numbers that are not finite become null, for JSON has no word for them."""
+    """Append a dictionary to the log. Numbers that are not finite become null: JSON has no word for them."""
     line = json.loads(json.dumps(line), parse_constant=lambda name: None)
     try:
-        out.mkdir(parents=True, exist_ok=True)                                # somebody may have removed it
+        out.mkdir(parents=True, exist_ok=True)
         with open(out / 'log.jsonl', 'a') as file:
             file.write(json.dumps(line) + '\n')
     except OSError as error:
@@ -315,7 +326,7 @@ def preview(net, cfg, out, step, n, precision):
     log = read_log(out)
     trained = [line for line in log if 'loss' in line]
     tested = [line for line in log if 'held_out' in line]
-    series = [('training', data.COLOURS[6], [line['step'] for line in trained], [line['loss'] for line in trained])]
+    series = [('training', data.COLOURS[6], *([line[name] for line in trained] for name in ('step', 'loss')))]
     series += [(f'held out, sigma {level:.2g}', data.COLOURS[j % 6], [line['step'] for line in tested],
                 [line['held_out'][j] for line in tested]) for j, level in enumerate(EVAL_SIGMAS)]
     data.chart(out / 'losses.png', f'{cfg.method} {cfg.model}', series, 'step', 'loss', log_y=True)
@@ -324,7 +335,8 @@ def preview(net, cfg, out, step, n, precision):
         labels = [sample.label_of(cfg.seed, i, allowed, balanced=True) for i in range(n)]
         x = sample.generate(net, cfg, cfg.seed, range(n), labels, PREVIEW_STEPS, precision=precision)
         names = cfg.class_names or [''] * len(allowed)
-        data.save_grid(out / f'samples-{step:07d}.png', sample.to_image(x), [names[k] for k in labels], min(n, 10))
+        titles = [names[k] for k in labels]
+        data.save_grid(out / f'samples-{step:07d}.png', sample.to_image(x), titles, columns=min(n, 10))
 
 
 def report(net, args, cfg, dataset, step, micro, rank, world, precision):
@@ -359,215 +371,211 @@ def train(args, cfg, dataset, start=None):
     `start` (model weights, EMA weights) replaces the initialisation where --out has no checkpoint yet.
     Raises BadInput.
     """
-    world = data.rank_and_world()[1]
+    share = data.rank_and_world()[1] * args.accumulate
     check(min(args.steps, args.batch, args.accumulate, args.log_every, args.eval_every, args.save_every) >= 1
-          and min(args.preview, args.keep_every, cfg.seed) >= 0 and 0 <= args.lr_decay <= 1 and 0 < cfg.lr < math.inf,
+          and min(args.preview, args.keep_every, cfg.seed) >= 0 and 0 <= args.lr_decay <= 1 and cfg.lr > 0,
           '--steps, --batch, --accumulate, --log-every, --eval-every and --save-every must be at least 1, '
           '--preview, --keep-every and --seed at least 0, --lr-decay from 0 to 1, and --lr above 0')
-    share = world * args.accumulate
-    check(args.batch % share == 0, f'--batch {args.batch} cannot be split over {world} ranks x --accumulate '
-          f'{args.accumulate}: type a multiple of {share}, such as {args.batch // share * share + share}')
+    check(args.batch % share == 0, f'--batch {args.batch} cannot be split over ranks x --accumulate: type a '
+          f'multiple of {share}, such as {args.batch // share * share + share}')
     rank, world, device = setup_distributed()
+    with lock_folder(pathlib.Path(args.out), rank), stop_on_signal() as signals:
+        return loop(args, cfg, dataset, start, rank, world, device, signals)
+
+
+def loop(args, cfg, dataset, start, rank, world, device, signals):
+    """`train`, in a folder of its own; `signals` fills when somebody asks it to stop."""
     out, first = pathlib.Path(args.out), rank == 0
-    with contextlib.ExitStack() as held:
-        if first:
-            held.enter_context(lock_folder(out))
-        signals = held.enter_context(stop_on_signal())
 
-        # where to resume: rank 0 chooses
-        path = state = None
-        if first:
-            path, state = newest_checkpoint(out)
-            log = read_log(out)
-            if state:
-                check_same_run(dataclasses.asdict(state['config']), cfg, path)
-            elif log:
-                check_same_run(log[0].get('config', {}), cfg, f'{out}/log.jsonl')
-        step = torch.tensor([state['step'] if state else 0], device=device)
-        if world > 1:
-            dist.broadcast(step, 0)
-        step = step.item()
-        if step and not first:
-            state = model.read_checkpoint(out / f'{step:07d}.pt')
-
-        # the network, its two shadows (ema: what is sampled from; teacher: what the loss consults), AdamW
-        torch.manual_seed(cfg.seed)
-        net = model.Net(cfg)
-        ema = copy.deepcopy(net)
-        if start:
-            net.load_state_dict(start[0])
-            ema.load_state_dict(start[1])
-        net, ema = net.to(device), ema.to(device).eval().requires_grad_(False)
-        teacher = model.make_teacher(net, cfg)
-        trained = [p for p in net.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0, fused=True)
-        precision = sample.pick_precision(args.precision, device)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        if state:
-            net.load_state_dict(state['model'])
-            ema.load_state_dict(state['ema'])
-            if teacher is not None:
-                teacher.load_state_dict(state['teacher'])
-            optimizer.load_state_dict(state['opt'])
-            for moments in optimizer.state.values():
-                moments.update({name: value.clone() for name, value in moments.items()})  # or the file stays mapped
-            if scaler.is_enabled() and state['scaler']:
-                scaler.load_state_dict(state['scaler'])
-            state = None
-
-        # speed: CPU attention, compiled blocks, activation checkpointing, data parallelism
-        slow = device.type == 'cpu' and precision == torch.bfloat16
-        torch.backends.cuda.enable_flash_sdp(not slow)    # on a CPU its bfloat16 backward takes half a step
-        compiled = can_compile(device) if args.compile is None else args.compile
-        for module in (net, teacher) if compiled else ():
-            if module is not None:
-                model.compile_blocks(module)
-        if args.checkpoint_blocks:
-            net.checkpoint_activations()
-        ddp_net = net
-        if world > 1:
-            ddp_net = DistributedDataParallel(net, [device] if device.type == 'cuda' else None,
-                                              gradient_as_bucket_view=True)
-
-        # micro-batches: each rank reads and computes its rows of the global batch
-        micro = args.batch // share
-        slices = [slice(at, at + micro) for at in range(rank * micro, args.batch, world * micro)]
-
-        def read(place):
-            step, rows = place
-            tensors = dataset.rows(data.batch_indices(cfg.seed, step, args.batch, dataset.trained)[rows])
-            if device.type == 'cuda':
-                torch.cuda.set_device(device)                                 # a thread begins on GPU 0
-                tensors = [tensor.pin_memory() for tensor in tensors]
-            return tensors
-        batches = data.read_ahead(read, ((at, rows) for at in range(step, cfg.steps) for rows in slices))
-
-        # the header
-        if first:
-            hardware = f'CPU, {torch.get_num_threads()} threads'
-            if device.type == 'cuda':
-                hardware = torch.cuda.get_device_name(device)
-            parameters = [0 if m is None else sum(p.numel() for p in m.parameters()) for m in (net, teacher)]
-            header = {
-                'method': f'{cfg.method}, {cfg.mask_ratio:.0%} masked',
-                'network': f'{cfg.model}, {parameters[0]:,} parameters, {parameters[1]:,} in the teacher',
-                'data': f'{cfg.data}: {dataset.trained:,} {cfg.kind} and {dataset.held_out:,} held out, {cfg.channels} '
-                        f'x {cfg.resolution} x {cfg.resolution}, {cfg.classes or "no"} classes',
-                'device': f'{world} x {hardware}, {precision}' + ', compiled' * compiled,
-                'batch': f'{args.batch} = {world} ranks x {micro} images x {args.accumulate} accumulated',
-                'steps': f'{step} to {cfg.steps}',
-                'versions': f'torch {torch.__version__}, numpy {np.__version__}, python {platform.python_version()}',
-                'commit': git_commit(), 'seed': cfg.seed}
-            for name, value in header.items():
-                print(f'{name:10}{value}', flush=True)
-            if step:
-                print(f'resumes   {path}', flush=True)
-            keep = [line for line in log if line.get('step', 0) <= step] if step else []
-            with data.whole_file(out / 'log.jsonl') as file:                  # without steps that are repeated
-                file.write(''.join(json.dumps(line) + '\n' for line in keep).encode())
-            write_log(out, header | {'config': dataclasses.asdict(cfg)})
-
-        # the loop
-        window, skipped, newest, timed = {}, 0, path, 0
-        bar = data.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc='training', unit='step')
-        if step == 0 and start:
-            report(ema, args, cfg, dataset, 0, micro, rank, world, precision)        # tuning: the start
-        clock = time.perf_counter()
-        for step in bar:
-            for group in optimizer.param_groups:
-                group['lr'] = learning_rate(step, cfg)
-
-            # gradients over the micro-batches; DistributedDataParallel averages them in the last backward
-            r = model.random_numbers(cfg, step, device)                       # for the global batch
-            loss_fn = model.loss_of_step(cfg, step)
-            for rows in slices:
-                mine = {name: value[rows] for name, value in r.items()}
-                raw, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-                x0 = model.patchify(dataset.to_input(raw, mine.get('latent')), cfg.patch)
-                with contextlib.nullcontext() if rows is slices[-1] or world == 1 else ddp_net.no_sync():
-                    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                        terms = loss_fn(ddp_net, teacher, x0, y, mine, cfg)
-                        loss = sum(weight * value for weight, value in terms.values())
-                    scaler.scale(loss / args.accumulate).backward()
-                for name, value in [('loss', loss), *((name, value) for name, (_, value) in terms.items())]:
-                    window.setdefault(name, []).append(value.detach())
-
-            # clip; skip the step on all ranks if it is not finite on one; stop all if one was asked to
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-            flags = torch.stack([(~norm.isfinite()).int(), torch.tensor(signals[:1] or [0], device=device).int()[0]])
-            if world > 1:
-                dist.all_reduce(flags, dist.ReduceOp.MAX)
-            skip, stop = flags.tolist()                                       # the one wait for the device
-
-            # update: AdamW, the sampling EMA, the teacher
-            if skip:
-                for values in window.values():
-                    del values[-len(slices):]
-                skipped += 1
-                if first:
-                    tqdm.write(f'step {step + 1} skipped: its gradient is not finite')
-                    write_log(out, {'step': step + 1, 'skipped_in_a_row': skipped})
-                check(skipped < MAX_SKIPPED, f'{skipped} consecutive steps had a gradient that is not finite; '
-                      + (f'the checkpoint {newest} is good' if newest else 'there is no checkpoint yet'))
-            else:
-                skipped = 0
-                window.setdefault('grad_norm', []).append(norm)
-                scaler.step(optimizer)
-                model.update_ema(ema, net, model.ema_decay(cfg.ema_step + step))
-            if teacher is not None:
-                teacher.update(net, step / cfg.steps, skip)
-            scaler.update()
-            optimizer.zero_grad()
-
-            # log, evaluate, save, stop
-            step, timed = step + 1, timed + 1                                 # from here: steps that are done
-            saving = bool(step % args.save_every == 0 or step == cfg.steps or stop)
-            if step % args.log_every == 0 or saving:
-                window = {name: values for name, values in window.items() if values}
-                if window:
-                    means = torch.stack([torch.stack(values).mean() for values in window.values()])
-                    if world > 1:
-                        dist.all_reduce(means)
-                    means = dict(zip(window, (means / world).tolist()))
-                speed = timed * args.batch / (time.perf_counter() - clock)
-                if first and window:
-                    write_log(out, {'step': step} | means | {'lr': learning_rate(step - 1, cfg),
-                                                             'images_per_s': round(speed, 2)})
-                    left = datetime.timedelta(seconds=round((cfg.steps - step) * args.batch / speed))
-                    tqdm.write(f'step {step}/{cfg.steps}  ' + '  '.join(f'{k} {v:.4f}' for k, v in means.items())
-                               + f'  {speed:.3g} images/s  {left} left')
-                window, timed, clock = {}, 0, time.perf_counter()
-            paused = time.perf_counter()
-            if step % args.eval_every == 0 or step == cfg.steps:
-                report(ema, args, cfg, dataset, step, micro, rank, world, precision)
-            if saving and first:
-                path = out / f'{step:07d}.pt'
-                try:
-                    out.mkdir(parents=True, exist_ok=True)
-                    with data.whole_file(path) as file:
-                        torch.save({'model': net.state_dict(), 'ema': ema.state_dict(),
-                                    'teacher': teacher.state_dict() if teacher is not None else None,
-                                    'opt': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'step': step,
-                                    'config': dataclasses.asdict(cfg)}, file)
-                    newest = path
-                    for old in checkpoints(out)[:-2]:
-                        if not args.keep_every or int(old.stem) % args.keep_every:
-                            old.unlink(missing_ok=True)
-                except (OSError, RuntimeError) as error:                      # torch turns a full disk into one
-                    why = f'cannot write {path} ({str(error).splitlines()[0]})'
-                    check(step < cfg.steps and not stop, f'{why}; the newest checkpoint is {newest}')
-                    tqdm.write(f'{why}: training continues and saves again at step {step + args.save_every}')
-            clock += time.perf_counter() - paused                             # steps are timed, nothing else
-            if stop and step < cfg.steps:
-                tqdm.write(f'stopped after step {step}: run the same command to resume') if first else None
-                raise SystemExit(128 + stop)
+    # where to resume: rank 0 chooses
+    path = state = None
     if first:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
+        path, state = newest_checkpoint(out)
+        log = read_log(out)
+        if state:
+            check_same_run(dataclasses.asdict(state['config']), cfg, path)
+        elif log:
+            check_same_run(log[0].get('config', {}), cfg, f'{out}/log.jsonl')
+    step = torch.tensor([state['step'] if state else 0], device=device)
+    if world > 1:
+        dist.broadcast(step, 0)
+    step = step.item()
+    if step and not first:
+        state = model.read_checkpoint(out / f'{step:07d}.pt')
+
+    # the network, its two shadows (ema: what is sampled from; teacher: what the loss consults), AdamW
+    torch.manual_seed(cfg.seed)
+    net = model.Net(cfg)
+    ema = copy.deepcopy(net)
+    if start:
+        net.load_state_dict(start[0])
+        ema.load_state_dict(start[1])
+    net, ema = net.to(device), ema.to(device).eval().requires_grad_(False)
+    teacher = model.make_teacher(net, cfg)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0, fused=True)
+    precision = sample.pick_precision(args.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    if state:
+        net.load_state_dict(state['model'])
+        ema.load_state_dict(state['ema'])
+        if teacher is not None:
+            teacher.load_state_dict(state['teacher'])
+        optimizer.load_state_dict(state['opt'])
+        for moments in optimizer.state.values():                              # or the file stays mapped
+            moments.update({name: value.clone() for name, value in moments.items()})
+        if scaler.is_enabled() and state['scaler']:
+            scaler.load_state_dict(state['scaler'])
+        state = None
+
+    # speed: attention on CPUs, compiled blocks, activation checkpointing, data parallelism
+    slow = device.type == 'cpu' and precision == torch.bfloat16
+    torch.backends.cuda.enable_flash_sdp(not slow)        # on a CPU its bfloat16 backward takes half a step
+    compiled = can_compile(device) if args.compile is None else args.compile
+    for module in (net, teacher) if compiled else ():
+        if module is not None:
+            model.compile_blocks(module)
+    if args.checkpoint_blocks:
+        net.checkpoint_activations()
+    ddp_net = net
+    if world > 1:
+        ddp_net = DistributedDataParallel(net, [device] if device.type == 'cuda' else None,
+                                          gradient_as_bucket_view=True)
+
+    # micro-batches: each rank reads and computes its rows of the global batch
+    micro = args.batch // world // args.accumulate
+    slices = [slice(at, at + micro) for at in range(rank * micro, args.batch, world * micro)]
+
+    def read(place):
+        step, rows = place
+        tensors = dataset.rows(data.batch_indices(cfg.seed, step, args.batch, dataset.trained)[rows])
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)                                     # a thread begins on GPU 0
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return tensors
+    batches = data.read_ahead(read, ((at, rows) for at in range(step, cfg.steps) for rows in slices))
+
+    # the header
+    if first:
+        hardware = f'CPU, {torch.get_num_threads()} threads'
+        if device.type == 'cuda':
+            hardware = torch.cuda.get_device_name(device)
+        counts = [0 if m is None else sum(p.numel() for p in m.parameters()) for m in (net, teacher)]
+        header = {
+            'method': f'{cfg.method}, {cfg.mask_ratio:.0%} masked',
+            'network': f'{cfg.model}, {counts[0]:,} parameters, {counts[1]:,} in the teacher',
+            'data': f'{cfg.data}: {dataset.trained:,} {cfg.kind} and {dataset.held_out:,} held out, '
+                    f'{cfg.channels} x {cfg.resolution} x {cfg.resolution}, {cfg.classes or "no"} classes',
+            'device': f'{world} x {hardware}, {precision}' + ', compiled' * compiled,
+            'batch': f'{args.batch} = {world} ranks x {micro} images x {args.accumulate} accumulated',
+            'steps': f'{step} to {cfg.steps}',
+            'versions': f'torch {torch.__version__}, numpy {np.__version__}, python {sys.version.split()[0]}',
+            'commit': git_commit(), 'seed': cfg.seed} | ({'resumes': str(path)} if step else {})
+        for name, value in header.items():
+            print(f'{name:10}{value}', flush=True)
+        kept = [line for line in log if line.get('step', 0) <= step] if step else []    # the rest is repeated
+        with data.whole_file(out / 'log.jsonl') as file:
+            file.write(''.join(json.dumps(line) + '\n' for line in kept).encode())
+        write_log(out, header | {'config': dataclasses.asdict(cfg)})
+
+    # the loop
+    if step == 0 and start:
+        report(ema, args, cfg, dataset, step, micro, rank, world, precision)  # tuning: what it starts from
+    window, skipped, newest, clock, timed = {}, 0, path, time.perf_counter(), 0
+    for step in data.progress(range(step, cfg.steps), initial=step, total=cfg.steps, unit='step'):
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(step, cfg)
+
+        # gradients over the micro-batches; DistributedDataParallel averages them in the last backward
+        r = model.random_numbers(cfg, step, device)                           # for the global batch
+        loss_fn = model.loss_of_step(cfg, step)
+        for rows in slices:
+            mine = {name: value[rows] for name, value in r.items()}
+            raw, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            x0 = model.patchify(dataset.to_input(raw, mine.get('latent')), cfg.patch)
+            with contextlib.nullcontext() if rows is slices[-1] or world == 1 else ddp_net.no_sync():
+                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                    terms = loss_fn(ddp_net, teacher, x0, y, mine, cfg)
+                    loss = sum(weight * value for weight, value in terms.values())
+                scaler.scale(loss / args.accumulate).backward()
+            for name, value in {'loss': loss, **{name: value for name, (_, value) in terms.items()}}.items():
+                window.setdefault(name, []).append(value.detach())
+
+        # clip; skip the step on all ranks if it is not finite on one; stop all if one was asked to
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        flags = torch.tensor([0, *(signals[:1] or [0])], device=device)
+        flags[0] = ~norm.isfinite()
+        if world > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        skip, stop = flags.tolist()                                           # the one wait for the device
+
+        # update: AdamW, the sampling EMA, the teacher
+        if skip:
+            skipped += 1
+            for values in window.values():
+                del values[-len(slices):]
+            if first:
+                tqdm.write(f'step {step + 1} skipped: its gradient is not finite')
+                write_log(out, {'step': step + 1, 'skipped_in_a_row': skipped})
+            check(skipped < MAX_SKIPPED, f'{skipped} consecutive steps had a gradient that is not finite; '
+                  + (f'the checkpoint {newest} is good' if newest else 'there is no checkpoint yet'))
+        else:
+            skipped = 0
+            window.setdefault('grad_norm', []).append(norm)
+            scaler.step(optimizer)
+            model.update_ema(ema, net, model.ema_decay(cfg.ema_step + step))
+        if teacher is not None:
+            teacher.update(net, step / cfg.steps, skip)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # log, evaluate, save, stop
+        step, timed = step + 1, timed + 1                                     # from here: steps that are done
+        saving = step % args.save_every == 0 or step == cfg.steps or bool(stop)
+        if step % args.log_every == 0 or saving:                              # a resumed log misses no step
+            means = {name: torch.stack(values).mean() for name, values in window.items() if values}
+            if means and world > 1:
+                dist.all_reduce(table := torch.stack(list(means.values())))
+                means = dict(zip(means, table / world))
+            if first:
+                speed = timed * args.batch / (time.perf_counter() - clock)
+                means = {name: value.item() for name, value in means.items()}
+                left = datetime.timedelta(seconds=round((cfg.steps - step) * args.batch / speed))
+                write_log(out, {'step': step, **means, 'lr': optimizer.param_groups[0]['lr'],
+                                'images_per_s': round(speed, 2)})
+                tqdm.write(f'step {step}/{cfg.steps}  ' + '  '.join(f'{k} {v:.4f}' for k, v in means.items())
+                           + f'  {speed:.3g} images/s  {left} left')
+            window, timed, clock = {}, 0, time.perf_counter()
+        paused = time.perf_counter()
+        if step % args.eval_every == 0 or step == cfg.steps:
+            report(ema, args, cfg, dataset, step, micro, rank, world, precision)
+        if saving and first:
+            path = out / f'{step:07d}.pt'
+            error = save(path, {'model': net.state_dict(), 'ema': ema.state_dict(),
+                                'teacher': teacher.state_dict() if teacher else None, 'step': step,
+                                'opt': optimizer.state_dict(), 'scaler': scaler.state_dict(),
+                                'config': dataclasses.asdict(cfg)}, args.keep_every)
+            check(not (error and (stop or step == cfg.steps)), f'cannot write {path}: {error}; the newest '
+                  f'checkpoint is {newest}')
+            if error:
+                tqdm.write(f'cannot write {path}: {error}; training continues and will try at the next save')
+            else:
+                newest = path
+        clock += time.perf_counter() - paused                                 # steps are timed, nothing else
+        if stop and step < cfg.steps:
+            if first:
+                tqdm.write(f'stopped after step {step}: run the same command to resume')
+            raise SystemExit(128 + stop)
+
+    path = out / f'{cfg.steps:07d}.pt'
+    if first:
+        unit = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20               # of ru_maxrss: bytes or KiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         if device.type == 'cuda':
             peak = torch.cuda.max_memory_allocated() / 2 ** 30
-        print(f'done: {out / f"{cfg.steps:07d}.pt"}, peak memory {peak:.1f} GiB')
-    return out / f'{cfg.steps:07d}.pt'
+        print(f'done: {path}, peak memory {peak:.1f} GiB')
+    return path
 
 
 def main(argv=None):
