@@ -271,7 +271,7 @@ class Head(nn.Module):
         self.prototypes = nn.Parameter(torch.zeros(PROTOTYPES, 256))
 
     def forward(self, tokens):
-        with torch.autocast(tokens.device.type, enabled=False):               # bfloat16 makes the loss NaN
+        with torch.autocast('cuda' if tokens.is_cuda else 'cpu', enabled=False):         # bfloat16 gives NaN
             x = layer_norm(tokens.to(self.prototypes.dtype))
             x = self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(x)))))
             x, prototypes = functional.normalize(x, dim=-1), functional.normalize(self.prototypes, dim=-1)
@@ -558,7 +558,15 @@ def denoise(net, xt, sigma, y, cfg, visible=None, clean=None, gains=(1.0, 1.0)):
     xt (B, N, P) noisy patches, sigma (B,), y (B,). Without `visible` nothing is masked: inference. With it,
     sddit fills masked positions with xt's own patches, and mcdit with `clean`: the denoiser's argument is
     then the mixed image x_in, whose masked patches have no noise and so the c_in of sigma = 0, which is 1/sd.
+
+    Networks published under DDPM predict eps and a variance, and D = x - sigma eps(x / sqrt(sigma^2 + 1),
+    t(sigma)): EDM Table 1, column VP.
     """
+    if cfg.diffusion == 'ddpm':
+        s = sigma.view(-1, 1, 1)
+        F, c, logits = net(xt / (s ** 2 + 1).sqrt(), ddpm_time(sigma), y, visible)
+        eps = F.unflatten(2, (-1, 2 * cfg.channels))[..., :cfg.channels].flatten(2)      # (B, N, P)
+        return xt - s * eps, c, logits
     sd = cfg.sigma_data
     c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
     x_in, fill = xt, c_in * xt
@@ -569,18 +577,10 @@ def denoise(net, xt, sigma, y, cfg, visible=None, clean=None, gains=(1.0, 1.0)):
 
 
 def denoise_images(net, x, sigma, y, cfg, visible=None, clean=None):
-    """`denoise` for images (B, C, H, W), as the sampler wants it; the result has the precision of x.
-
-    Networks published under DDPM predict eps and a variance, and D = x - sigma eps(x / sqrt(sigma^2 + 1),
-    t(sigma)): EDM Table 1, column VP.
-    """
-    p, C = cfg.patch, cfg.channels
-    if cfg.diffusion == 'edm':
-        clean = None if clean is None else patchify(clean, p)
-        return unpatchify(denoise(net, patchify(x, p), sigma, y, cfg, visible, clean)[0], p, C)
-    s = sigma.view(-1, 1, 1, 1)
-    F, *_ = net(patchify(x / (s ** 2 + 1).sqrt(), p), ddpm_time(sigma), y, visible)
-    return x - s * unpatchify(F, p, 2 * C)[:, :C]
+    """`denoise` for images (B, C, H, W), as the sampler wants it; the result has the precision of x."""
+    p = cfg.patch
+    clean = None if clean is None else patchify(clean, p)
+    return unpatchify(denoise(net, patchify(x, p), sigma, y, cfg, visible, clean)[0], p, cfg.channels)
 
 
 def ddpm_sigmas(device='cpu'):

@@ -257,18 +257,24 @@ def read_log(out):
     for number, text in enumerate(texts, 1):
         try:
             lines.append(json.loads(text))
+            ours = isinstance(lines[-1], dict) and ('step' in lines[-1] or 'config' in lines[-1])
         except ValueError:
-            check(number == len(texts), f'{path} is not a log of train.py: line {number} is no JSON. Move it away')
+            ours = number == len(texts) and text.startswith('{')
+        check(ours, f'{path} is not a log of train.py, see its line {number}: move it away')
     return lines
 
 
 def write_log(out, line):
     """Append a dictionary to the log. Numbers that are not finite become null: JSON has no word for them."""
     line = json.loads(json.dumps(line), parse_constant=lambda name: None)
+    text = (json.dumps(line) + '\n').encode()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / 'log.jsonl', 'a') as file:
-            file.write(json.dumps(line) + '\n')
+        with open(out / 'log.jsonl', 'ab', buffering=0) as file:
+            end = file.tell()
+            if file.write(text) < len(text):
+                file.truncate(end)                                            # not half a line
+                raise OSError(None, 'the disk is full')
     except OSError as error:
         tqdm.write(f'cannot write {out}/log.jsonl: {error.strerror}')
 
@@ -400,6 +406,7 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
     if world > 1:
         dist.broadcast(step, 0)
     step = step.item()
+    check(step <= cfg.steps, f'{out} has a checkpoint of step {step}, beyond --steps {cfg.steps}: type more')
     if step and not first:
         state = model.read_checkpoint(out / f'{step:07d}.pt')
 
@@ -488,7 +495,7 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
 
         # gradients over the micro-batches; DistributedDataParallel averages them in the last backward
         r = model.random_numbers(cfg, step, device)                           # for the global batch
-        loss_fn = model.loss_of_step(cfg, step)
+        loss_fn, values = model.loss_of_step(cfg, step), {}
         for rows in slices:
             mine = {name: value[rows] for name, value in r.items()}
             raw, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
@@ -498,8 +505,8 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
                     terms = loss_fn(ddp_net, teacher, x0, y, mine, cfg)
                     loss = sum(weight * value for weight, value in terms.values())
                 scaler.scale(loss / args.accumulate).backward()
-            for name, value in {'loss': loss, **{name: value for name, (_, value) in terms.items()}}.items():
-                window.setdefault(name, []).append(value.detach())
+            for name, (_, value) in {'loss': (1, loss), **terms}.items():
+                values.setdefault(name, []).append(value.detach())
 
         # clip; skip the step on all ranks if it is not finite on one; stop all if one was asked to
         scaler.unscale_(optimizer)
@@ -513,16 +520,16 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
         # update: AdamW, the sampling EMA, the teacher
         if skip:
             skipped += 1
-            for values in window.values():
-                del values[-len(slices):]
             if first:
                 tqdm.write(f'step {step + 1} skipped: its gradient is not finite')
                 write_log(out, {'step': step + 1, 'skipped_in_a_row': skipped})
-            check(skipped < MAX_SKIPPED, f'{skipped} consecutive steps had a gradient that is not finite; '
-                  + (f'the checkpoint {newest} is good' if newest else 'there is no checkpoint yet'))
+            good = f'the checkpoint {newest} is good' if newest else 'there is no checkpoint yet'
+            check(skipped < MAX_SKIPPED, f'{skipped} consecutive steps had a gradient that is not finite'
+                  + f'; {good}' * first)                                      # other ranks do not save
         else:
             skipped = 0
-            window.setdefault('grad_norm', []).append(norm)
+            for name, some in (values | {'grad_norm': [norm]}).items():
+                window.setdefault(name, []).extend(some)
             scaler.step(optimizer)
             model.update_ema(ema, net, model.ema_decay(cfg.ema_step + step))
         if teacher is not None:
@@ -534,7 +541,7 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
         step, timed = step + 1, timed + 1                                     # from here: steps that are done
         saving = step % args.save_every == 0 or step == cfg.steps or bool(stop)
         if step % args.log_every == 0 or saving:                              # a resumed log misses no step
-            means = {name: torch.stack(values).mean() for name, values in window.items() if values}
+            means = {name: torch.stack(some).mean() for name, some in window.items()}
             if means and world > 1:
                 dist.all_reduce(table := torch.stack(list(means.values())))
                 means = dict(zip(means, table / world))
