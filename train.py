@@ -347,7 +347,7 @@ def preview(net, cfg, out, step, n, precision):
 
 def report(net, args, cfg, dataset, step, micro, rank, world, precision):
     """Evaluate on all ranks; log, print and draw on rank 0."""
-    result, out = evaluate(net, cfg, dataset, micro, rank, world, precision), pathlib.Path(args.out)
+    result, out = evaluate(net, cfg, dataset, 4 * micro, rank, world, precision), pathlib.Path(args.out)
     if rank == 0:
         write_log(out, {'step': step, 'sigma': EVAL_SIGMAS} | result)
         tqdm.write(show({name.replace('_', ' '): values for name, values in result.items()}))
