@@ -1,9 +1,9 @@
 """How far from real? FID, sFID, Inception Score, precision and recall, as ADM's evaluation computes them.
 
-    python fid.py VIRTUAL_imagenet256_labeled.npz out/50k.npz     # ADM's reference, samples of sample.py --npz
-    python fid.py data out/png --pr exact --json                # a data folder, a folder of PNG; a line of JSON
-    python fid.py data --save-stats data-stats.npz               # compute a reference once, use it as REF later
-    torchrun --nproc_per_node 2 fid.py REF SAMPLES                # the same numbers; on CPUs one rank per core
+    python fid.py VIRTUAL_imagenet256_labeled.npz out/50k.npz   # ADM's reference, samples of sample.py --npz
+    python fid.py data out/png --pr exact --json                # data folder, folder of PNG; one line of JSON
+    python fid.py data --save-stats data-stats.npz              # compute a reference once, later give it as REF
+    torchrun --nproc_per_node 2 fid.py REF SAMPLES              # the same numbers; on CPUs one rank per core
 
 The first prints, with the numbers of the files at hand in place of the dots,
 
@@ -14,7 +14,7 @@ The first prints, with the numbers of the files at hand in place of the dots,
     FID               ...
     sFID              ...
     Inception Score   ...
-    precision         ...      k = 3, float16 distances as ADM's
+    precision         ...   k = 3, float16 distances as ADM's
     recall            ...
 
 REF and SAMPLES are each an .npz with `arr_0` uint8 (n, H, W, 3), or with statistics (mu, sigma and, for sFID,
@@ -34,6 +34,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import io
 import json
@@ -54,56 +55,6 @@ from torch.nn import functional
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------- errors, progress
-
-class BadInput(ValueError):
-    """A mistake in what was typed or in a file, in one sentence. The script prints it and exits with 2."""
-
-
-def check(condition, sentence):
-    if not condition:
-        raise BadInput(sentence)
-
-
-@contextlib.contextmanager
-def explain(what):
-    """An error of a library inside the block becomes a sentence: `what`, then the library's reason."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:                                                # a broken file raises anything
-        raise BadInput(f'{what}: {" ".join(str(error).split())[:300]}') from None
-
-
-def ranks():
-    """(this rank, number of ranks)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-@contextlib.contextmanager
-def one_error_for_all_ranks():
-    """All ranks meet at the end of the block. Where one raised BadInput, all raise it there."""
-    sentence = None
-    try:
-        yield
-    except BadInput as error:
-        sentence = str(error)
-    sentences = [sentence] * ranks()[1]
-    if len(sentences) > 1:
-        dist.all_gather_object(sentences, sentence)
-    for sentence in filter(None, sentences):
-        raise BadInput(sentence)
-
-
-def progress(total, what, unit):
-    """A bar on rank 0 once the work has taken 5 s; where stderr is no terminal, a line every 50 s."""
-    lines = {} if sys.stderr.isatty() else {
-        'mininterval': 50, 'miniters': 1, 'ascii': True,
-        'bar_format': '{desc}: {n_fmt} of {total_fmt}' + unit + ', {rate_fmt}, {remaining} left\n'}
-    return tqdm(total=total, desc=what, unit=unit, delay=5, disable=ranks()[0] > 0, **lines)
-
-
 # ------------------------------------------------------------------------------------------- preprocessing
 
 SIZE = 299                                    # pixels per side that the network sees
@@ -119,7 +70,7 @@ def resize(x):
         low, high = at.floor().long(), at.ceil().long().clamp(max=length - 1)
         return low.to(x.device), high.to(x.device), (at - at.floor()).to(x.device)[:, None]
 
-    low, high, weight = neighbours(x.shape[2])                                # along a row first, as the kernel
+    low, high, weight = neighbours(x.shape[2])                                # along rows first, as the kernel
     x = x[:, :, low] + (x[:, :, high] - x[:, :, low]) * weight                # (B, H, 299, C)
     low, high, weight = neighbours(x.shape[1])
     return x[:, low] + (x[:, high] - x[:, low]) * weight[:, None]             # (B, 299, 299, C)
@@ -133,8 +84,8 @@ def preprocess(images, device='cpu'):
 
 # ------------------------------------------------------------------------------------------------- network
 #
-# Inception as released in December 2015. From the usual Inception-v3 it departs in the pools of four kinds of
-# blocks, marked below, and in its 1008 outputs, of which 8 mean nothing. Names are those of the weight file.
+# Inception as released in December 2015. From the usual Inception-v3 it departs in four pools, marked below,
+# and in its 1008 outputs, of which 8 mean nothing. Names are those of the weight file.
 
 class Conv(nn.Module):
     """Convolution, batch norm with its stored statistics, ReLU."""
@@ -148,44 +99,38 @@ class Conv(nn.Module):
         return functional.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def average(x):
-    return functional.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)     # padding not counted
-
-
-def maximum(x):
-    return functional.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def halve(x):
-    return functional.max_pool2d(x, 3, stride=2)
+halve = functools.partial(functional.max_pool2d, kernel_size=3, stride=2)
+maximum = functools.partial(functional.max_pool2d, kernel_size=3, stride=1, padding=1)
+average = functools.partial(functional.avg_pool2d, kernel_size=3, stride=1, padding=1,
+                            count_include_pad=False)
 
 
 class Block(nn.Module):
-    """Branches side by side, concatenated. The branch `branch_pool` starts with the pool, others with x.
+    """Branches side by side, concatenated: chains of convolutions from a table {branch: [convolution, ...]}.
 
-    A branch is a chain of convolutions (channels, kernel), named branch_1, branch_2, ..., or `branch` where
-    it is one. They keep the size, except (channels, kernel, stride). A list of two kernels is two
-    convolutions of the same input, a and b, and ends its branch.
+    A convolution is (channels, kernel), which keeps the size, or (channels, kernel, stride), without padding.
+    A list of two kernels, at the end of a branch, is two convolutions of the same input, a and b. The chain
+    of `branch_pool` begins with the pool.
     """
 
-    def __init__(self, n, pool, branches):
+    def __init__(self, n, pool, table):
         super().__init__()
-        self.pool, self.branches = pool, {}
-        for branch, convs in branches.items():
-            inputs, self.branches[branch] = n, []
-            for i, (channels, kernels, *stride) in enumerate(convs, 1):
-                name = f'{branch}_{i}' if len(convs) > 1 else branch
-                kernels = {name + 'ab'[j]: k for j, k in enumerate(kernels)} if isinstance(kernels, list) \
-                    else {name: kernels}
-                for name, (h, w) in kernels.items():
+        self.pool, self.branches = pool, []                                   # [(branch, [[name], [name], ...])]
+        for branch, chain in table.items():
+            steps, inputs = [], n
+            for i, (channels, kernel, *stride) in enumerate(chain, 1):
+                name = f'{branch}_{i}' if len(chain) > 1 else branch
+                pair = isinstance(kernel, list)
+                steps.append([name + 'a', name + 'b'] if pair else [name])
+                for name, (h, w) in zip(steps[-1], kernel if pair else [kernel]):
                     how = {'stride': stride[0]} if stride else {'padding': (h // 2, w // 2)}
                     self.add_module(name, Conv(inputs, channels, (h, w), **how))
-                self.branches[branch].append(list(kernels))
                 inputs = channels
+            self.branches.append((branch, steps))
 
     def forward(self, x):
         outputs = []
-        for branch, steps in self.branches.items():
+        for branch, steps in self.branches:
             parts = [self.pool(x) if branch == 'branch_pool' else x]
             for names in steps:
                 parts = [getattr(self, name)(parts[0]) for name in names]
@@ -193,7 +138,7 @@ class Block(nn.Module):
         return torch.cat(outputs, 1)
 
 
-ONE, THREE, FIVE, WIDE, TALL = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)         # kernels, height and width
+ONE, THREE, FIVE, WIDE, TALL = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)         # kernels: height, width
 
 
 def A(m):                                                                     # 35 x 35: n -> 224 + m
@@ -203,13 +148,13 @@ def A(m):                                                                     # 
             'branch_pool': [(m, ONE)]}
 
 
-B = {'branch3x3': [(384, THREE, 2)],                                          # 35 x 35 -> 17 x 17: n -> 480 + n
+B = {'branch3x3': [(384, THREE, 2)],                                     # 35 x 35 -> 17 x 17: n -> 480 + n
      'branch3x3dbl': [(64, ONE), (96, THREE), (96, THREE, 2)],
      'branch_pool': []}
 
 
 def C(m):                                                                     # 17 x 17: 768 -> 768, m inside
-    return {'branch1x1': [(192, ONE)],                                        # first: sFID reads 7 of its channels
+    return {'branch1x1': [(192, ONE)],                                   # first: sFID reads 7 of its channels
             'branch7x7': [(m, ONE), (m, WIDE), (192, TALL)],
             'branch7x7dbl': [(m, ONE), (m, TALL), (m, WIDE), (m, TALL), (192, WIDE)],
             'branch_pool': [(192, ONE)]}
@@ -235,15 +180,17 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = Block(192, average, A(32))                       # departure 1: padding not counted
-        self.Mixed_5c, self.Mixed_5d = Block(256, average, A(64)), Block(288, average, A(64))
+        self.Mixed_5b = Block(192, average, A(32))                # departures 1, 2, 3: the averages of A, C and
+        self.Mixed_5c = Block(256, average, A(64))                # the first E do not count the padding
+        self.Mixed_5d = Block(288, average, A(64))
         self.Mixed_6a = Block(288, halve, B)
-        self.Mixed_6b = Block(768, average, C(128))                      # departure 2: padding not counted
-        self.Mixed_6c, self.Mixed_6d = Block(768, average, C(160)), Block(768, average, C(160))
+        self.Mixed_6b = Block(768, average, C(128))
+        self.Mixed_6c = Block(768, average, C(160))
+        self.Mixed_6d = Block(768, average, C(160))
         self.Mixed_6e = Block(768, average, C(192))
         self.Mixed_7a = Block(768, halve, D)
-        self.Mixed_7b = Block(1280, average, E)                          # departure 3: padding not counted
-        self.Mixed_7c = Block(2048, maximum, E)                          # departure 4: not an average
+        self.Mixed_7b = Block(1280, average, E)
+        self.Mixed_7c = Block(2048, maximum, E)                   # departure 4: a maximum, no average
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):                                                     # (B,    3, 299, 299)
@@ -262,6 +209,28 @@ class Inception(nn.Module):
     def logits(self, pool):
         """(n, 1008) from pooled features, without the bias: ADM multiplies by the matrix and stops there."""
         return torch.cat([functional.linear(part, self.fc.weight) for part in pool.split(512)])
+
+
+# -------------------------------------------------------------------------------------------------- errors
+
+class BadInput(ValueError):
+    """A mistake in a command or a file, in one sentence. The script prints it and exits with status 2."""
+
+
+def check(condition, sentence):
+    if not condition:
+        raise BadInput(sentence)
+
+
+@contextlib.contextmanager
+def explain(what):
+    """A library's error inside the block becomes one sentence: `what`, then the library's reason."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:                                                # a broken file raises anything
+        raise BadInput(f'{what}: {" ".join(str(error).split())[:300]}') from None
 
 
 # ------------------------------------------------------------------------------------------------- weights
@@ -287,7 +256,8 @@ def find_weights():
 
 
 def load_weights(path, sha256=SHA256):
-    """Inception in evaluation mode, with the weights of a .pth file that must have this SHA-256."""
+    """Inception in evaluation mode, with the weights of a .pth file of this SHA-256."""
+    net = Inception()
     with explain(f'{path} cannot be read as weights'):
         content = pathlib.Path(path).read_bytes()
         found = hashlib.sha256(content).hexdigest()
@@ -295,13 +265,11 @@ def load_weights(path, sha256=SHA256):
               f'{path} has {len(content):,} bytes and SHA-256 {found}, expected {sha256}: it is incomplete or '
               f'another file (the 2015 Inception, {BYTES:,} bytes, is at {URL})')
         state = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-        net = Inception()
-        counters = {name: value for name, value in net.state_dict().items() if name.endswith('tracked')}
-        state = counters | state                                              # they may be absent; nothing reads them
-        odd = state.keys() ^ net.state_dict().keys()
-        check(not odd, f'{path} is not the 2015 Inception: {len(odd)} tensors are missing or unknown, such as '
-                       f'{min(odd, default="")}')
-        net.load_state_dict(state)
+        expected = net.state_dict()
+        odd = [name for name in state.keys() ^ expected.keys() if not name.endswith('tracked')]
+        check(not odd, f'{path}: {len(odd)} tensors are missing or unknown, such as {min(odd, default="")}; '
+                       f'expected the 2015 Inception, from Conv2d_1a_3x3.conv.weight to fc.bias')
+        net.load_state_dict(state, strict=False)                              # BN's counters may be absent
     broken = [name for name, value in net.state_dict().items() if not value.isfinite().all()]
     check(not broken, f'{path} holds numbers that are not finite, in {", ".join(broken[:3])}')
     torch.backends.cudnn.conv.fp32_precision = 'ieee'                         # not TF32: that moves FID 1e-3
@@ -347,14 +315,14 @@ def frechet_distance(a, b):
     cross = torch.linalg.eigvalsh(R @ b.cov @ R.T).clamp(min=0).sqrt().sum()
     traces = a.cov.trace() + b.cov.trace()
     distance = ((a.mean - b.mean).square().sum() + traces - 2 * cross).item()
-    check(distance >= -1e-3 * traces.item(), f'the Frechet distance is {distance:g}, expected 0 or more: a '
-                                             f'covariance is wrong')
-    return max(distance, 0.0)                                                 # rounding alone makes it negative
+    check(distance >= -1e-3 * traces, f'the Frechet distance is {distance:g}: a covariance is wrong')
+    return max(distance, 0.0)                                                 # rounding may make it negative
 
 
 def frechet_from_features(x, y):
     """From features (n, D) and (m, D)."""
-    return frechet_distance(*(Moments(rows.shape[1]).add(torch.as_tensor(rows)).gaussian() for rows in (x, y)))
+    x, y = (Moments(rows.shape[1]).add(torch.as_tensor(rows)).gaussian() for rows in (x, y))
+    return frechet_distance(x, y)
 
 
 # ----------------------------------------------------------------------------------------- Inception Score
@@ -421,6 +389,19 @@ def radii(x, k, distances, block, bar):
     return torch.cat(result)
 
 
+def ranks():
+    """(this rank, number of ranks)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def progress(total, what, unit):
+    """A bar on rank 0 for work that has taken 5 s; where stderr is no terminal, a line every 50 s."""
+    lines = {} if sys.stderr.isatty() else {
+        'mininterval': 50, 'miniters': 1,
+        'bar_format': '{desc}: {n_fmt} of {total_fmt}' + unit + ', {rate_fmt}, {remaining} left\n'}
+    return tqdm(total=total, desc=what, unit=unit, delay=5, disable=ranks()[0] > 0, ascii=True, **lines)
+
+
 def precision_recall(real, fake, k=3, mode='adm', block=2000):
     """(precision, recall) of features float32 (n, D), at least k + 1 on each side.
 
@@ -452,9 +433,17 @@ class Side:
     size: tuple = ()                          # H, W
     read: typing.Callable | None = None       # read(start, stop, step) gives batches uint8 (B, H, W, 3)
     stored: bool = False                      # the file holds statistics
-    notes: list = dataclasses.field(default_factory=list)
+    notes: list = dataclasses.field(default_factory=list)                    # sentences about the file
     statistics: dict = dataclasses.field(default_factory=dict)               # 'fid', 'sfid': Gaussian
     pool: torch.Tensor | None = None          # (n, 2048) float32, in file order, on rank 0
+
+    def __str__(self):
+        images = [f'{self.count:,} images of {pixels(self.size)}'] if self.count else []
+        return f'{self.path}: ' + ', with '.join(images + ['stored statistics'] * self.stored)
+
+
+def pixels(size):
+    return ' x '.join(str(n) for n in reversed(size))                         # width first, as files are named
 
 
 def check_images(path, shape, dtype):
@@ -463,45 +452,43 @@ def check_images(path, shape, dtype):
         advice = ': save `(x * 127.5 + 127.5).round().clip(0, 255).astype("uint8")` of x from -1 to 1'
     elif len(shape) == 4 and shape[1] == 3:
         advice = ': save `x.transpose(0, 2, 3, 1)`'
-    elif len(shape) == 3 or shape[3:] == (1,):
-        advice = ': save `np.repeat(x.reshape(*x.shape[:3], 1), 3, axis=3)` of grey images'
+    elif len(shape) == 3:
+        advice = ': save `np.stack([x, x, x], axis=3)` of grey images'
     check(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3,
           f'{path} holds {dtype} {tuple(shape)}, expected images uint8 (n, H, W, 3){advice}')
-    check(shape[0] >= 2, f'{path} holds too few images for a covariance: {shape[0]}, expected at least 2')
+    check(shape[0] > 1, f'{path} holds too few images for a covariance: {shape[0]}, expected at least 2')
 
 
 def open_npz(path):
     side = Side(str(path))
     with explain(f'{path} cannot be read as an .npz file'), \
-            zipfile.ZipFile(path) as archive, np.load(path) as arrays:        # np.load rejects pickled objects
+            zipfile.ZipFile(path) as archive, np.load(path) as arrays:        # without pickles, by default
         if 'arr_0' in arrays:
-            side.count, side.size, side.read = open_images(archive, path)
+            side.count, side.size, side.read = open_array(archive, path)
         for name, mean, cov, D in (('fid', 'mu', 'sigma', 2048), ('sfid', 'mu_s', 'sigma_s', 2023)):
             if mean in arrays and cov in arrays:
-                side.statistics[name] = stored_gaussian(f'{path}, {mean} and {cov}', arrays[mean], arrays[cov], D)
-        side.stored = bool(side.statistics)
+                what = f'{path}, {mean} and {cov}'
+                side.statistics[name], side.stored = stored_gaussian(what, arrays[mean], arrays[cov], D), True
         check(side.count or side.stored, f'{path} holds {", ".join(list(arrays)[:9]) or "nothing"}, expected '
                                          f'images arr_0, or statistics mu and sigma')
     return side
 
 
-def open_images(archive, path):
-    """(count, size, read) of an .npz's arr_0. It is read in batches: a reference of 512 pixels is 8 GB."""
+def open_array(archive, path):
+    """(count, size, read) of `arr_0` in an .npz, which is read in batches: ADM's of 512 pixels is 8 GB."""
     with archive.open('arr_0.npy') as file:
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(file)
-        begin = file.tell()
+        npy = np.lib.format
+        header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}[npy.read_magic(file)[0]]
+        (shape, fortran, dtype), begin = header(file), file.tell()
     check_images(path, shape, dtype)
     check(not fortran, f'{path} holds arr_0 in Fortran order: save `np.ascontiguousarray(images)`')
 
     def read(start, stop, step):
-        row = math.prod(shape[1:])
-        with explain(f'{path} is damaged'), zipfile.ZipFile(path) as archive, archive.open('arr_0.npy') as file:
-            file.seek(begin + start * row)
+        with explain(f'{path} is damaged'), zipfile.ZipFile(path).open('arr_0.npy') as file:
+            file.seek(begin + start * math.prod(shape[1:]))
             for at in range(start, stop, step):
                 B = min(step, stop - at)
-                yield np.frombuffer(file.read(B * row), np.uint8).reshape(B, *shape[1:])
+                yield np.frombuffer(file.read(B * math.prod(shape[1:])), np.uint8).reshape(B, *shape[1:])
     return shape[0], shape[1:3], read
 
 
@@ -511,23 +498,22 @@ def stored_gaussian(what, mean, cov, D):
           f'({D}, {D}): they may be of another network')
     mean, cov = (torch.from_numpy(x.astype(np.float64)) for x in (mean, cov))
     check(mean.isfinite().all() and cov.isfinite().all(), f'{what} hold numbers that are not finite')
-    rounding = 1e-6 * cov.trace().abs() + 1e-30                               # they may have been float32
+    rounding = 1e-6 * cov.trace().abs() + 1e-30                               # of files in float32
     check((cov - cov.T).abs().max() <= rounding, f'{what}: the covariance is not symmetric')
-    shifted = cov + rounding * torch.eye(D, dtype=torch.float64)
-    check(torch.linalg.cholesky_ex(shifted).info == 0, f'{what}: the covariance is not positive semidefinite')
+    failed = torch.linalg.cholesky_ex(cov + rounding * torch.eye(D, dtype=torch.float64)).info
+    check(failed == 0, f'{what}: the covariance is not positive semidefinite')
     return Gaussian(mean, cov)
 
 
 def open_data(path):
     """A data folder: data.npy uint8 (n, C, H, W) and meta.json with the kind images."""
-    with explain(f'{path} is no readable data folder'):
+    with explain(f'{path} cannot be read as a data folder'):
         kind = json.loads((path / 'meta.json').read_text())['kind']
         check(kind == 'images', f'{path} is a data folder of {kind}, expected images: prepare the same images '
                                 f'without --vae (python data.py folder SRC --out DIR --size 256)')
         array = np.load(path / 'data.npy', mmap_mode='r')
         n, C, H, W = array.shape
-        check(C in (1, 3), f'{path}/data.npy has {C} channels, expected 1 or 3')
-        check_images(path / 'data.npy', (n, H, W, 3), array.dtype)
+        check_images(path / 'data.npy', (n, H, W, 3 if C == 1 else C), array.dtype)       # grey is repeated
 
     def read(start, stop, step):
         for at in range(start, stop, step):
@@ -536,36 +522,28 @@ def open_data(path):
     return Side(str(path), n, (H, W), read)
 
 
-def pixels(size):
-    return ' x '.join(str(n) for n in reversed(size))
-
-
 def open_folder(path):
-    """A folder of PNG and JPEG files, and of folders of them. All headers are read first: that takes seconds,
-    and a mixed size is found before the hours of network."""
-    found = sorted(str(file) for file in path.rglob('*') if file.is_file())
-    files = [file for file in found if file.lower().endswith(('.png', '.jpg', '.jpeg'))]
-    others = f'{len(found) - len(files)} other files' + ''.join(
-        f', such as {file}' for file in sorted(set(found) - set(files))[:1])
-    check(len(files) >= 2, f'{path} holds {len(files)} PNG or JPEG files and {others}, expected at least 2 PNG')
-    side = Side(str(path), len(files))
-    converted = 0
+    """PNG and JPEG files, also in folders inside. All headers are read first: a mixed size is found at once."""
+    found = sorted((file for file in path.rglob('*') if file.is_file()), key=str)
+    files = [file for file in found if file.suffix.lower() in ('.png', '.jpg', '.jpeg')]
+    kinds = ', '.join(sorted({file.suffix or file.name for file in set(found) - set(files)})[:5])
+    others = f'{len(found) - len(files):,} other files' + f' ({kinds})' * bool(kinds)
+    check(len(files) > 1, f'{path} holds {len(files)} PNG or JPEG files and {others}: expected at least 2 PNG')
+    side, converted = Side(str(path), len(files)), 0
     for file in files:
         with explain(f'{file} cannot be read as an image'), open(file, 'rb') as stream:
-            depth = stream.read(25)[24:]                                      # where a PNG has its bits per channel
-            with Image.open(stream) as image:
-                size, mode = image.size[::-1], image.mode
-                check(image.format != 'PNG' or depth != b'\x10', f'{file} has 16 bits per channel, expected 8')
-        side.size = side.size or size
-        check(size == side.size, f'{file} is {pixels(size)}, but {files[0]} is {pixels(side.size)} pixels: '
-                                 f'expected a single size')
-        converted += mode != 'RGB'
-    if converted:
-        side.notes.append(f'{path}: {converted:,} images were grey or had alpha or a palette, converted to RGB')
-    if jpeg := sum(not file.lower().endswith('.png') for file in files):
-        side.notes.append(f'{path}: {jpeg:,} images are JPEG; its losses move FID, PNG has none')
-    if len(found) > len(files):
-        side.notes.append(f'{path}: {others}, are neither PNG nor JPEG and were skipped')
+            image = Image.open(stream)
+            stream.seek(24)                                                   # a PNG's bits per channel
+            check(image.format != 'PNG' or stream.read(1) != b'\x10', f'{file} has 16 bits per channel, expected 8')
+        side.size = side.size or image.size[::-1]
+        check(image.size[::-1] == side.size, f'{file} is {pixels(image.size[::-1])}, but {files[0]} is '
+                                             f'{pixels(side.size)} pixels: expected a single size')
+        converted += image.mode != 'RGB'
+    jpeg = sum(file.suffix.lower() != '.png' for file in files)
+    for n, what in ((converted, 'were grey or had alpha or a palette, and are converted to RGB'),
+                    (jpeg, 'are JPEG; its losses move FID, PNG has none')):
+        side.notes += [f'{path}: {n:,} of {side.count:,} images {what}'] * bool(n)
+    side.notes += [f'{path}: {others} are neither PNG nor JPEG and are skipped'] * bool(kinds)
 
     def read(start, stop, step):
         for at in range(start, stop, step):
@@ -578,17 +556,17 @@ def open_folder(path):
     return side
 
 
-INSTEAD = {'.npy': 'save the array as .npz: `np.savez("images.npz", arr_0=np.load(FILE))`',
-           '.pkl': 'a pickle can run any code: where you trust it, save mu and sigma with `np.savez`',
+INSTEAD = {'.npy': 'save the array with `np.savez("images.npz", arr_0=np.load(FILE))`',
+           '.pkl': 'a pickle can run any code; where you trust it, save its mu and sigma with `np.savez`',
            '.zip': 'unpack it and name the folder'}
 
 
 def open_side(path):
     path = pathlib.Path(path)
     check(path.exists(), f'there is no {path}: expected an .npz file, a folder of images, or a data folder')
+    check(path.suffix not in INSTEAD, f'{path} is not an .npz file: {INSTEAD.get(path.suffix)}')
     if path.is_dir():
         return open_data(path) if (path / 'meta.json').exists() else open_folder(path)
-    check(path.suffix not in INSTEAD, f'{path} is not an .npz file: {INSTEAD.get(path.suffix)}')
     return open_npz(path)
 
 
@@ -598,70 +576,80 @@ BATCH = {'cpu': 8, 'cuda': 64}                # images at a time; on a CPU more 
 FULL = 50_000                                 # samples behind the published numbers
 
 
+@contextlib.contextmanager
+def one_error_for_all_ranks():
+    """All ranks meet at the end of the block. Where one has raised BadInput, all raise the same one there."""
+    sentence = None
+    try:
+        yield
+    except BadInput as error:
+        sentence = str(error)
+    sentences = [sentence] * ranks()[1]
+    if len(sentences) > 1:
+        dist.all_gather_object(sentences, sentence)
+    for sentence in filter(None, sentences):
+        raise BadInput(sentence)
+
+
 @torch.no_grad()
 def extract(net, side, keep):
     """Compute what a side's images give: statistics, where none are stored, and, if `keep`, pooled features.
 
-    A rank takes whole batches, one after another: an image meets the same images in its batch, and is rounded
-    alike, for any number of ranks.
+    Each rank takes consecutive whole batches, so that an image meets the same images in its batch, and is
+    rounded alike, for any number of ranks.
     """
     device, (rank, world) = net.fc.weight.device, ranks()
     step = BATCH[device.type]
     batches = -(-side.count // step)
     start, stop = (min(side.count, batches * r // world * step) for r in (rank, rank + 1))
-    pool, moments = [torch.empty(0, 2048)], {'fid': Moments(2048, device), 'sfid': Moments(2023, device)}
+    pools, moments = [torch.empty(0, 2048)], {'fid': Moments(2048, device), 'sfid': Moments(2023, device)}
     with one_error_for_all_ranks(), progress(stop - start, side.path, ' images') as bar:
         for images in side.read(start, stop, step):
-            features = dict(zip(moments, net(preprocess(images, device))))
-            for name, rows in features.items():
-                check(rows.isfinite().all(), f'{side.path}: the network gives features that are not finite; '
-                                             f'try another GPU, or a CPU')
-                if not side.stored:
-                    moments[name].add(rows)
+            pool, spatial = net(preprocess(images, device))
+            check(pool.isfinite().all() and spatial.isfinite().all(),
+                  f'{side.path}: the network computes features that are not finite; try another GPU, or a CPU')
+            if not side.stored:
+                moments['fid'].add(pool)
+                moments['sfid'].add(spatial)
             if keep:
-                pool.append(features['fid'].cpu())
+                pools.append(pool.cpu())
             bar.update(len(images))
-    side.pool = torch.cat(pool)
+    side.pool = torch.cat(pools)
     if world > 1:
         pools = [None] * world if rank == 0 else None
-        dist.gather_object(side.pool, pools)                                  # in rank order, so in file order
+        dist.gather_object(side.pool, pools)                                  # in order of ranks, so of the file
         side.pool = torch.cat(pools) if rank == 0 else None
-    for name, total in () if side.stored else moments.items():
-        total.sums = total.sums.cpu()
+    for name, part in () if side.stored else moments.items():
+        part.sums = part.sums.cpu()
         if world > 1:
-            dist.all_reduce(total.sums)
-        side.statistics[name] = total.gaussian()
+            dist.all_reduce(part.sums)
+        side.statistics[name] = part.gaussian()
 
 
 def measure(net, ref, gen, pr):
-    """The five measures, `left_out` with the reasons of those that are absent, and notes."""
-    result, left_out, notes = {}, {}, ref.notes + gen.notes
+    """(measures, notes): a number each, or the reason why it is left out; and sentences about them."""
+    sides, result, notes = (ref, gen), {}, [*ref.notes, *gen.notes, *cautions(ref, gen)]
     for name, arrays in (('fid', 'mu and sigma'), ('sfid', 'mu_s and sigma_s')):
-        without = [side.path for side in (ref, gen) if name not in side.statistics]
-        if without:
-            left_out[name] = f'no {arrays} in {" and ".join(without)}'
-        else:
-            result[name] = frechet_distance(ref.statistics[name], gen.statistics[name])
+        without = [side.path for side in sides if name not in side.statistics]
+        result[name] = f'left out: no {arrays} in {" and ".join(without)}' if without \
+            else frechet_distance(*(side.statistics[name] for side in sides))
+    result['inception_score'] = f'left out: no images in {gen.path}'
     if gen.count:
         logits = net.logits(gen.pool.to(net.fc.weight.device)).cpu()
-        score, mixed = inception_score(logits), inception_score(interleaved(logits))
-        result['inception_score'] = score
+        score = result['inception_score'] = inception_score(logits)
+        mixed = inception_score(interleaved(logits))
         if mixed > 1.05 * score:
             notes.append(f'{gen.path} looks sorted by class: the Inception Score of consecutive 5,000s is '
                          f'{score:.2f}, of mixed ones {mixed:.2f}; ADM does not shuffle')
-    else:
-        left_out['inception_score'] = f'no images in {gen.path}'
-    few = [f'{"fewer than 4" if side.count else "no"} images in {side.path}' for side in (ref, gen) if side.count < 4]
-    if few:
-        left_out['precision'] = left_out['recall'] = ', '.join(few)
-    else:
-        pools = (side.pool.to(net.fc.weight.device) for side in (ref, gen))
-        result['precision'], result['recall'] = precision_recall(*pools, mode=pr)
-    return result | {'left_out': left_out, 'notes': notes + list(cautions(ref, gen))}
+    few = [f'{"fewer than 4" if side.count else "no"} images in {side.path}'
+           for side in sides if side.count < 4]
+    result['precision'], result['recall'] = [f'left out: {" and ".join(few)}'] * 2 if few \
+        else precision_recall(*(side.pool.to(net.fc.weight.device) for side in sides), mode=pr)
+    return result, notes
 
 
 def cautions(ref, gen):
-    """Sentences: what should make a reader of the numbers think twice."""
+    """What should make a reader of the numbers think twice."""
     if ref.size and gen.size and ref.size != gen.size:
         yield f'the sizes differ, {pixels(ref.size)} and {pixels(gen.size)} pixels'
     if gen.stored and not ref.stored:
@@ -670,64 +658,28 @@ def cautions(ref, gen):
         yield (f'{gen.count:,} samples: the fewer, the higher FID and sFID, so compare only with numbers of '
                f'as many; published ones have {FULL:,}')
     if not ref.stored and ref.count <= 2048:
-        yield (f'{ref.path}: a reference of {ref.count:,} images has a covariance of rank {ref.count - 1:,}, '
-               f'expected 2,048: FID and sFID are much too high')
+        yield (f'{ref.path}: the covariance of {ref.count:,} images has rank {ref.count - 1:,} of 2,048, so '
+               f'FID and sFID are much too high')
 
 
-def evaluate(ref, gen=None, weights=None, sha256=SHA256, pr='adm', device='cpu'):
-    """A dictionary of the five measures and of what one must know to compare them; on rank 0, else empty.
-
-    fid, sfid, inception_score, precision, recall    numbers; `left_out` says why one is absent
-    notes                                            sentences, see `cautions`
-    Without `gen`, only the statistics of `ref` are computed.
-    """
-    sides, (rank, world) = [ref] if gen is None else [ref, gen], ranks()
-    result = {name: {'path': side.path, 'images': side.count, 'pixels': pixels(side.size), 'stored': side.stored}
-              for name, side in zip(('reference', 'samples'), sides)}
-    result, net = result | {'notes': ref.notes}, None
-    if any(side.count for side in sides):
-        with one_error_for_all_ranks():
-            weights = weights or (find_weights() if rank == 0 else None)     # rank 0 downloads
-        with one_error_for_all_ranks():
-            weights = weights or find_weights()
-            net = load_weights(weights, sha256).to(device)
-        result |= {'weights': str(weights), 'sha256': sha256.lower(), 'device': torch.device(device).type,
-                   'ranks': world}
-        for side in sides:
-            if side.count:
-                extract(net, side, keep=gen is not None)
-    with one_error_for_all_ranks():
-        if rank == 0 and gen:
-            result |= {'pr': pr} | measure(net, ref, gen, pr)
-    return result
+def save_statistics(path, statistics):
+    """{'fid': Gaussian, 'sfid': Gaussian} in ADM's names. What cannot be written whole is removed."""
+    names = {'fid': ('mu', 'sigma'), 'sfid': ('mu_s', 'sigma_s')}
+    arrays = {array: values.numpy() for name, gaussian in statistics.items()
+              for array, values in zip(names[name], gaussian)}
+    with explain(f'cannot write {path}'), open(path, 'xb') as file:
+        try:
+            np.savez(file, **arrays)
+        except OSError:
+            os.unlink(path)
+            raise
 
 
 # -------------------------------------------------------------------------------------------- command line
 
-def report(result):
-    """The lines of the docstring above: (what, about it)."""
-    for name in ('reference', 'samples'):
-        if side := result.get(name):
-            images = f'{side["images"]:,} images of {side["pixels"]}'
-            yield name, side['path'] + ': ' + ', with '.join(
-                [images] * bool(side['images']) + ['stored statistics'] * side['stored'])
-    if 'weights' in result:
-        yield 'weights', (f'{os.path.basename(result["weights"])}, SHA-256 {result["sha256"][:8]}..., '
-                          f'{"" if result["sha256"] == SHA256 else "not "}the published file')
-        yield 'network', (f'float32 (no TF32), {result["device"]}, {result["ranks"]} '
-                          f'rank{"s" * (result["ranks"] > 1)}')
-    distances = {'adm': "k = 3, float16 distances as ADM's", 'exact': 'k = 3, exact distances, not those of papers'}
-    for key, name in (('fid', 'FID'), ('sfid', 'sFID'), ('inception_score', 'Inception Score'),
-                      ('precision', 'precision'), ('recall', 'recall')):
-        if key in result:
-            yield name, f'{result[key]:8.4f}' + f'   {distances[result["pr"]]}' * (key == 'precision')
-        elif key in result.get('left_out', {}):
-            yield name, f'left out: {result["left_out"][key]}'
-
-
 class Parser(argparse.ArgumentParser):
-    def error(self, message):                                                 # one line, on rank 0 alone
-        raise BadInput(f'{message}; see python fid.py --help')
+    def error(self, message):                                                 # one sentence, on rank 0 alone
+        raise BadInput(f'{message}; `python fid.py --help` shows what there is')
 
 
 def parse(argv):
@@ -735,64 +687,79 @@ def parse(argv):
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('reference', metavar='REF', help='.npz, folder of PNG or JPEG files, or data folder')
     parser.add_argument('samples', metavar='SAMPLES', nargs='?', help='the same; --save-stats can do without')
-    parser.add_argument('--weights', metavar='FILE', help=f"{NAME} (None: from torch's hub cache, or downloaded)")
+    parser.add_argument('--weights', metavar='FILE', help="the .pth file (None: from torch's hub cache, or downloaded)")
     parser.add_argument('--sha256', metavar='HEX', default=SHA256, help='hash that the weights must have')
     parser.add_argument('--pr', choices=DISTANCES, default='adm', help='distances of precision and recall')
-    parser.add_argument('--save-stats', metavar='FILE', help="write REF's statistics, mu, sigma, mu_s, sigma_s, .npz")
+    parser.add_argument('--save-stats', metavar='FILE', help="write REF's mu, sigma, mu_s, sigma_s to an .npz")
     parser.add_argument('--json', action='store_true', help='print one line of JSON')
     args = parser.parse_args(argv)
-    check(args.samples or args.save_stats, 'SAMPLES is missing: type `python fid.py REF SAMPLES`, or --save-stats FILE')
+    check(args.samples or args.save_stats, 'SAMPLES is missing, or --save-stats FILE')
     return args
 
 
-def save_statistics(path, statistics):
-    """In ADM's names. A file that cannot be written whole is removed."""
-    names = {'fid': ('mu', 'sigma'), 'sfid': ('mu_s', 'sigma_s')}
-    try:
-        with open(path, 'xb') as file:
-            np.savez(file, **{array: values.numpy() for name, gaussian in statistics.items()
-                              for array, values in zip(names[name], gaussian)})
-    except OSError as error:
-        pathlib.Path(path).unlink(missing_ok=True)
-        raise BadInput(f'cannot write {path}: {error.strerror or error}') from None
+def choose_device():
+    if not torch.cuda.is_available():
+        return torch.device('cpu')
+    local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+    check(local < gpus, f'rank {local} of this machine, counted from 0, has no GPU, for there are {gpus}: '
+                        f'type --nproc_per_node {gpus}')
+    return torch.device('cuda', local)
+
+
+NAMES = {'fid': 'FID', 'sfid': 'sFID', 'inception_score': 'Inception Score'}
+ABOUT = {'adm': "float16 distances as ADM's", 'exact': 'exact distances, not those of papers'}
 
 
 def main(argv=None):
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1 and not dist.is_initialized():                             # what travels is in main memory
+    if world > 1:                                                             # gloo: what travels is in main memory
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
+
+    # arguments and inputs
     with one_error_for_all_ranks():
-        args = parse(argv)
-        device = torch.device('cpu')
-        if torch.cuda.is_available():
-            local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
-            check(local < gpus, f'rank {local} of this machine, counted from 0, has no GPU, for there are {gpus}: '
-                                f'type --nproc_per_node {gpus}')
-            device = torch.device('cuda', local)
+        args, device = parse(argv), choose_device()
         ref = open_side(args.reference)
         gen = open_side(args.samples) if args.samples else None
         check(gen is None or gen.count or not ref.count,
               f'{args.samples} holds only statistics, and the images are in {args.reference}: if the sides are '
-              f'swapped, type `python fid.py {args.samples} {args.reference}`')
-        if args.save_stats:
-            check(ref.count, f'--save-stats: {ref.path} holds no images, so there is nothing to compute')
-            check(not ref.stored, f'--save-stats: {ref.path} holds statistics already')
+              f'swapped, type python fid.py {args.samples} {args.reference}')
+        if args.save_stats and rank == 0:                                     # try it now, not after the hours
             check(not os.path.exists(args.save_stats),
                   f'{args.save_stats} exists already: remove it, or choose another --save-stats')
-        if args.save_stats and rank == 0:                                     # now, not after the hours
             save_statistics(args.save_stats, {})
             os.unlink(args.save_stats)
+    sides = {'reference': ref} | ({'samples': gen} if gen else {})
+    result = {name: str(side) for name, side in sides.items()}
 
-    result = evaluate(ref, gen, args.weights, args.sha256, args.pr, device)
+    # features, where there are images
+    net = None
+    if any(side.count for side in sides.values()):
+        with one_error_for_all_ranks():
+            weights = args.weights or (find_weights() if rank == 0 else None)         # rank 0 downloads
+        with one_error_for_all_ranks():
+            weights = weights or find_weights()
+            net = load_weights(weights, args.sha256).to(device)
+        published = 'the published file' if args.sha256.lower() == SHA256 else 'not the published file'
+        result |= {'weights': f'{os.path.basename(weights)}, SHA-256 {args.sha256[:8]}..., {published}',
+                   'network': f'float32 (no TF32), {device.type}, {world} rank{"s" * (world > 1)}'}
+        for side in sides.values():
+            if side.count:
+                extract(net, side, keep=gen is not None)
+
+    # measures
     with one_error_for_all_ranks():
         if rank == 0:
-            for what, text in [] if args.json else report(result):
-                print(f'{what:18}{text}')
+            measures, notes = measure(net, ref, gen, args.pr) if gen else ({}, ref.notes)
+            result |= measures
             if args.json:
-                print(json.dumps(result))
-            for note in result['notes']:
+                print(json.dumps(result | {'pr': args.pr, 'notes': notes}))
+            for key, value in () if args.json else result.items():
+                about = f'   k = 3, {ABOUT[args.pr]}' if key == 'precision' else ''
+                print(f'{NAMES.get(key, key):18}{value}' if isinstance(value, str)
+                      else f'{NAMES.get(key, key):18}{value:8.4f}{about}')
+            for note in notes:
                 print(f'note: {note}', file=sys.stderr)
-            if args.save_stats:
+            if args.save_stats:                                               # last: the numbers are safe
                 save_statistics(args.save_stats, ref.statistics)
                 print(f'statistics of {ref.path} in {args.save_stats}', file=sys.stderr)
 
