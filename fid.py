@@ -2,21 +2,10 @@
 
     python fid.py VIRTUAL_imagenet256_labeled.npz out/50k.npz   # ADM's reference, samples of sample.py --npz
     python fid.py data out/png --pr exact --json                # data folder, folder of PNG; one line of JSON
-    python fid.py data --save-stats data-stats.npz              # compute a reference once, later give it as REF
+    python fid.py data --save-stats data-stats.npz              # compute a reference once, and type it as REF
     torchrun --nproc_per_node 2 fid.py REF SAMPLES              # the same numbers; on CPUs one rank per core
 
-The first prints, with the numbers of the files at hand in place of the dots,
-
-    reference         VIRTUAL_imagenet256_labeled.npz: 10,000 images of 256 x 256, with stored statistics
-    samples           out/50k.npz: 50,000 images of 256 x 256
-    weights           pt_inception-2015-12-05-6726825d.pth, SHA-256 6726825d..., the published file
-    network           float32 (no TF32), cuda, 1 rank
-    FID               ...
-    sFID              ...
-    Inception Score   ...
-    precision         ...   k = 3, float16 distances as ADM's
-    recall            ...
-
+prints what it read and the five numbers, a line each, and on stderr what makes them hard to compare.
 REF and SAMPLES are each an .npz with `arr_0` uint8 (n, H, W, 3), or with statistics (mu, sigma and, for sFID,
 mu_s, sigma_s), or with both; a folder of PNG or JPEG files, read in order of their names; or a data folder of
 `data.py` with images. Stored statistics stand for their side in FID and sFID, the images beside them serve
@@ -70,8 +59,8 @@ def resize(x):
         low, high = at.floor().long(), at.ceil().long().clamp(max=length - 1)
         return low.to(x.device), high.to(x.device), (at - at.floor()).to(x.device)[:, None]
 
-    low, high, weight = neighbours(x.shape[2])                                # along rows first, as the kernel
-    x = x[:, :, low] + (x[:, :, high] - x[:, :, low]) * weight                # (B, H, 299, C)
+    low, high, weight = neighbours(x.shape[2])                                # W first, as the kernel
+    x = x[:, :, low] + (x[:, :, high] - x[:, :, low]) * weight                # (B,   H, 299, C)
     low, high, weight = neighbours(x.shape[1])
     return x[:, low] + (x[:, high] - x[:, low]) * weight[:, None]             # (B, 299, 299, C)
 
@@ -115,7 +104,7 @@ class Block(nn.Module):
 
     def __init__(self, n, pool, table):
         super().__init__()
-        self.pool, self.branches = pool, []                                   # [(branch, [[name], [name], ...])]
+        self.pool, self.branches = pool, []                                   # of (branch, [[name], ...])
         for branch, chain in table.items():
             steps, inputs = [], n
             for i, (channels, kernel, *stride) in enumerate(chain, 1):
@@ -180,8 +169,8 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = Block(192, average, A(32))                # departures 1, 2, 3: the averages of A, C and
-        self.Mixed_5c = Block(256, average, A(64))                # the first E do not count the padding
+        self.Mixed_5b = Block(192, average, A(32))           # departures 1, 2, 3: the average of the A's, C's
+        self.Mixed_5c = Block(256, average, A(64))           # and the first E does not count the padding
         self.Mixed_5d = Block(288, average, A(64))
         self.Mixed_6a = Block(288, halve, B)
         self.Mixed_6b = Block(768, average, C(128))
@@ -190,7 +179,7 @@ class Inception(nn.Module):
         self.Mixed_6e = Block(768, average, C(192))
         self.Mixed_7a = Block(768, halve, D)
         self.Mixed_7b = Block(1280, average, E)
-        self.Mixed_7c = Block(2048, maximum, E)                   # departure 4: a maximum, no average
+        self.Mixed_7c = Block(2048, maximum, E)              # departure 4: the last E takes a maximum
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):                                                     # (B,    3, 299, 299)
@@ -262,8 +251,8 @@ def load_weights(path, sha256=SHA256):
         content = pathlib.Path(path).read_bytes()
         found = hashlib.sha256(content).hexdigest()
         check(found == sha256.lower(),
-              f'{path} has {len(content):,} bytes and SHA-256 {found}, expected {sha256}: it is incomplete or '
-              f'another file (the 2015 Inception, {BYTES:,} bytes, is at {URL})')
+              f'{path} has {len(content):,} bytes and SHA-256 {found}, expected {sha256}: it is incomplete '
+              f'or another file (the 2015 Inception, {BYTES:,} bytes, is at {URL})')
         state = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
         expected = net.state_dict()
         odd = [name for name in state.keys() ^ expected.keys() if not name.endswith('tracked')]
@@ -443,17 +432,15 @@ class Side:
 
 
 def pixels(size):
-    return ' x '.join(str(n) for n in reversed(size))                         # width first, as files are named
+    return ' x '.join(str(n) for n in reversed(size))                         # width first, as usual
 
 
 def check_images(path, shape, dtype):
     advice = ''
     if dtype.kind == 'f':
         advice = ': save `(x * 127.5 + 127.5).round().clip(0, 255).astype("uint8")` of x from -1 to 1'
-    elif len(shape) == 4 and shape[1] == 3:
+    elif shape[1:2] == (3,):
         advice = ': save `x.transpose(0, 2, 3, 1)`'
-    elif len(shape) == 3:
-        advice = ': save `np.stack([x, x, x], axis=3)` of grey images'
     check(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3,
           f'{path} holds {dtype} {tuple(shape)}, expected images uint8 (n, H, W, 3){advice}')
     check(shape[0] > 1, f'{path} holds too few images for a covariance: {shape[0]}, expected at least 2')
@@ -461,16 +448,17 @@ def check_images(path, shape, dtype):
 
 def open_npz(path):
     side = Side(str(path))
-    with explain(f'{path} cannot be read as an .npz file'), \
+    with explain(f'{path} cannot be read as an .npz file, made with np.savez(FILE, arr_0=images)'), \
             zipfile.ZipFile(path) as archive, np.load(path) as arrays:        # without pickles, by default
         if 'arr_0' in arrays:
             side.count, side.size, side.read = open_array(archive, path)
         for name, mean, cov, D in (('fid', 'mu', 'sigma', 2048), ('sfid', 'mu_s', 'sigma_s', 2023)):
             if mean in arrays and cov in arrays:
-                what = f'{path}, {mean} and {cov}'
-                side.statistics[name], side.stored = stored_gaussian(what, arrays[mean], arrays[cov], D), True
+                what = f'{path}: {mean} and {cov}'
+                side.statistics[name] = stored_gaussian(what, arrays[mean], arrays[cov], D)
+        side.stored = bool(side.statistics)
         check(side.count or side.stored, f'{path} holds {", ".join(list(arrays)[:9]) or "nothing"}, expected '
-                                         f'images arr_0, or statistics mu and sigma')
+              f'arr_0 with images, or mu and sigma (a zip of image files: unpack it, and type the folder)')
     return side
 
 
@@ -497,11 +485,11 @@ def stored_gaussian(what, mean, cov, D):
           f'{what} are {mean.dtype} {mean.shape} and {cov.dtype} {cov.shape}, expected floats ({D},) and '
           f'({D}, {D}): they may be of another network')
     mean, cov = (torch.from_numpy(x.astype(np.float64)) for x in (mean, cov))
-    check(mean.isfinite().all() and cov.isfinite().all(), f'{what} hold numbers that are not finite')
+    check(mean.isfinite().all() and cov.isfinite().all(), f'{what} are not finite numbers')
     rounding = 1e-6 * cov.trace().abs() + 1e-30                               # of files in float32
-    check((cov - cov.T).abs().max() <= rounding, f'{what}: the covariance is not symmetric')
+    check((cov - cov.T).abs().max() <= rounding, f'{what}: this covariance is not symmetric')
     failed = torch.linalg.cholesky_ex(cov + rounding * torch.eye(D, dtype=torch.float64)).info
-    check(failed == 0, f'{what}: the covariance is not positive semidefinite')
+    check(failed == 0, f'{what}: this covariance is not positive semidefinite')
     return Gaussian(mean, cov)
 
 
@@ -509,11 +497,11 @@ def open_data(path):
     """A data folder: data.npy uint8 (n, C, H, W) and meta.json with the kind images."""
     with explain(f'{path} cannot be read as a data folder'):
         kind = json.loads((path / 'meta.json').read_text())['kind']
-        check(kind == 'images', f'{path} is a data folder of {kind}, expected images: prepare the same images '
-                                f'without --vae (python data.py folder SRC --out DIR --size 256)')
+        check(kind == 'images', f'{path} is a data folder of {kind}, expected images: prepare the same '
+                                f'images without --vae (python data.py folder SRC --out DIR --size 256)')
         array = np.load(path / 'data.npy', mmap_mode='r')
         n, C, H, W = array.shape
-        check_images(path / 'data.npy', (n, H, W, 3 if C == 1 else C), array.dtype)       # grey is repeated
+        check_images(path / 'data.npy', (n, H, W, C + 2 * (C == 1)), array.dtype)           # 1 or 3 channels
 
     def read(start, stop, step):
         for at in range(start, stop, step):
@@ -523,27 +511,28 @@ def open_data(path):
 
 
 def open_folder(path):
-    """PNG and JPEG files, also in folders inside. All headers are read first: a mixed size is found at once."""
+    """PNG and JPEG files, also in folders inside. All headers are read now, to find a mixed size at once."""
     found = sorted((file for file in path.rglob('*') if file.is_file()), key=str)
     files = [file for file in found if file.suffix.lower() in ('.png', '.jpg', '.jpeg')]
-    kinds = ', '.join(sorted({file.suffix or file.name for file in set(found) - set(files)})[:5])
-    others = f'{len(found) - len(files):,} other files' + f' ({kinds})' * bool(kinds)
-    check(len(files) > 1, f'{path} holds {len(files)} PNG or JPEG files and {others}: expected at least 2 PNG')
+    others = set(found) - set(files)
+    kinds = ', '.join(sorted({file.suffix or file.name for file in others})[:5])
+    check(len(files) > 1, f'{path} holds {len(files)} PNG or JPEG files, expected at least 2'
+                          f'{", and others: " * bool(others)}{kinds}')
     side, converted = Side(str(path), len(files)), 0
     for file in files:
         with explain(f'{file} cannot be read as an image'), open(file, 'rb') as stream:
             image = Image.open(stream)
             stream.seek(24)                                                   # a PNG's bits per channel
-            check(image.format != 'PNG' or stream.read(1) != b'\x10', f'{file} has 16 bits per channel, expected 8')
+            check(image.format != 'PNG' or stream.read(1) != b'\x10', f'{file} has 16 bits, expected 8')
         side.size = side.size or image.size[::-1]
         check(image.size[::-1] == side.size, f'{file} is {pixels(image.size[::-1])}, but {files[0]} is '
                                              f'{pixels(side.size)} pixels: expected a single size')
         converted += image.mode != 'RGB'
     jpeg = sum(file.suffix.lower() != '.png' for file in files)
-    for n, what in ((converted, 'were grey or had alpha or a palette, and are converted to RGB'),
-                    (jpeg, 'are JPEG; its losses move FID, PNG has none')):
-        side.notes += [f'{path}: {n:,} of {side.count:,} images {what}'] * bool(n)
-    side.notes += [f'{path}: {others} are neither PNG nor JPEG and are skipped'] * bool(kinds)
+    side.notes = [f'{path}: {n:,} {what}' for n, what in (
+        (converted, 'images were grey or had alpha or a palette, and were converted to RGB'),
+        (jpeg, 'images are JPEG; its losses move FID, PNG has none'),
+        (len(others), f'files are neither PNG nor JPEG ({kinds}), and were skipped')) if n]
 
     def read(start, stop, step):
         for at in range(start, stop, step):
@@ -556,15 +545,9 @@ def open_folder(path):
     return side
 
 
-INSTEAD = {'.npy': 'save the array with `np.savez("images.npz", arr_0=np.load(FILE))`',
-           '.pkl': 'a pickle can run any code; where you trust it, save its mu and sigma with `np.savez`',
-           '.zip': 'unpack it and name the folder'}
-
-
 def open_side(path):
     path = pathlib.Path(path)
     check(path.exists(), f'there is no {path}: expected an .npz file, a folder of images, or a data folder')
-    check(path.suffix not in INSTEAD, f'{path} is not an .npz file: {INSTEAD.get(path.suffix)}')
     if path.is_dir():
         return open_data(path) if (path / 'meta.json').exists() else open_folder(path)
     return open_npz(path)
@@ -607,7 +590,7 @@ def extract(net, side, keep):
         for images in side.read(start, stop, step):
             pool, spatial = net(preprocess(images, device))
             check(pool.isfinite().all() and spatial.isfinite().all(),
-                  f'{side.path}: the network computes features that are not finite; try another GPU, or a CPU')
+                  f'{side.path}: the network computes features that are not finite, try another machine')
             if not side.stored:
                 moments['fid'].add(pool)
                 moments['sfid'].add(spatial)
@@ -617,7 +600,7 @@ def extract(net, side, keep):
     side.pool = torch.cat(pools)
     if world > 1:
         pools = [None] * world if rank == 0 else None
-        dist.gather_object(side.pool, pools)                                  # in order of ranks, so of the file
+        dist.gather_object(side.pool, pools)                                  # in the order of the file
         side.pool = torch.cat(pools) if rank == 0 else None
     for name, part in () if side.stored else moments.items():
         part.sums = part.sums.cpu()
@@ -628,23 +611,30 @@ def extract(net, side, keep):
 
 def measure(net, ref, gen, pr):
     """(measures, notes): a number each, or the reason why it is left out; and sentences about them."""
-    sides, result, notes = (ref, gen), {}, [*ref.notes, *gen.notes, *cautions(ref, gen)]
+    sides, device = (ref, gen), net and net.fc.weight.device
+    result, notes = {}, [*ref.notes, *gen.notes, *cautions(ref, gen)]
     for name, arrays in (('fid', 'mu and sigma'), ('sfid', 'mu_s and sigma_s')):
         without = [side.path for side in sides if name not in side.statistics]
-        result[name] = f'left out: no {arrays} in {" and ".join(without)}' if without \
-            else frechet_distance(*(side.statistics[name] for side in sides))
-    result['inception_score'] = f'left out: no images in {gen.path}'
+        if without:
+            result[name] = f'left out: no {arrays} in {" and ".join(without)}'
+        else:
+            result[name] = frechet_distance(ref.statistics[name], gen.statistics[name])
     if gen.count:
-        logits = net.logits(gen.pool.to(net.fc.weight.device)).cpu()
-        score = result['inception_score'] = inception_score(logits)
-        mixed = inception_score(interleaved(logits))
+        logits = net.logits(gen.pool.to(device)).cpu()
+        score, mixed = inception_score(logits), inception_score(interleaved(logits))
+        result['inception_score'] = score
         if mixed > 1.05 * score:
             notes.append(f'{gen.path} looks sorted by class: the Inception Score of consecutive 5,000s is '
                          f'{score:.2f}, of mixed ones {mixed:.2f}; ADM does not shuffle')
+    else:
+        result['inception_score'] = f'left out: no images in {gen.path}'
     few = [f'{"fewer than 4" if side.count else "no"} images in {side.path}'
            for side in sides if side.count < 4]
-    result['precision'], result['recall'] = [f'left out: {" and ".join(few)}'] * 2 if few \
-        else precision_recall(*(side.pool.to(net.fc.weight.device) for side in sides), mode=pr)
+    if few:
+        result['precision'] = result['recall'] = f'left out: {" and ".join(few)}'
+    else:
+        pools = (side.pool.to(device) for side in sides)
+        result['precision'], result['recall'] = precision_recall(*pools, mode=pr)
     return result, notes
 
 
@@ -658,7 +648,7 @@ def cautions(ref, gen):
         yield (f'{gen.count:,} samples: the fewer, the higher FID and sFID, so compare only with numbers of '
                f'as many; published ones have {FULL:,}')
     if not ref.stored and ref.count <= 2048:
-        yield (f'{ref.path}: the covariance of {ref.count:,} images has rank {ref.count - 1:,} of 2,048, so '
+        yield (f'{ref.count:,} reference images: their covariance has rank {ref.count - 1:,} of 2,048, so '
                f'FID and sFID are much too high')
 
 
@@ -685,25 +675,17 @@ class Parser(argparse.ArgumentParser):
 def parse(argv):
     parser = Parser(description='How far from real?', allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('reference', metavar='REF', help='.npz, folder of PNG or JPEG files, or data folder')
-    parser.add_argument('samples', metavar='SAMPLES', nargs='?', help='the same; --save-stats can do without')
-    parser.add_argument('--weights', metavar='FILE', help="the .pth file (None: from torch's hub cache, or downloaded)")
-    parser.add_argument('--sha256', metavar='HEX', default=SHA256, help='hash that the weights must have')
-    parser.add_argument('--pr', choices=DISTANCES, default='adm', help='distances of precision and recall')
-    parser.add_argument('--save-stats', metavar='FILE', help="write REF's mu, sigma, mu_s, sigma_s to an .npz")
-    parser.add_argument('--json', action='store_true', help='print one line of JSON')
+    add = parser.add_argument
+    add('reference', metavar='REF', help='.npz, folder of PNG or JPEG files, or data folder')
+    add('samples', metavar='SAMPLES', nargs='?', help='the same; with --save-stats, it may be absent')
+    add('--weights', metavar='FILE', help="the .pth (None: from torch's hub cache, or downloaded)")
+    add('--sha256', metavar='HEX', default=SHA256, help='hash that the weights must have')
+    add('--pr', choices=DISTANCES, default='adm', help='distances of precision and recall')
+    add('--save-stats', metavar='FILE', help="write REF's mu, sigma, mu_s, sigma_s to an .npz")
+    add('--json', action='store_true', help='print one line of JSON')
     args = parser.parse_args(argv)
-    check(args.samples or args.save_stats, 'SAMPLES is missing, or --save-stats FILE')
+    check(args.samples or args.save_stats, 'SAMPLES are missing: type python fid.py REF SAMPLES')
     return args
-
-
-def choose_device():
-    if not torch.cuda.is_available():
-        return torch.device('cpu')
-    local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
-    check(local < gpus, f'rank {local} of this machine, counted from 0, has no GPU, for there are {gpus}: '
-                        f'type --nproc_per_node {gpus}')
-    return torch.device('cuda', local)
 
 
 NAMES = {'fid': 'FID', 'sfid': 'sFID', 'inception_score': 'Inception Score'}
@@ -712,18 +694,23 @@ ABOUT = {'adm': "float16 distances as ADM's", 'exact': 'exact distances, not tho
 
 def main(argv=None):
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1:                                                             # gloo: what travels is in main memory
+    if world > 1:                                                             # what travels is in main memory
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
 
     # arguments and inputs
     with one_error_for_all_ranks():
-        args, device = parse(argv), choose_device()
+        args, device = parse(argv), torch.device('cpu')
+        if torch.cuda.is_available():
+            local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
+            check(local < gpus, f'rank {local} of this machine, counted from 0, has no GPU, for there are '
+                                f'{gpus}: type --nproc_per_node {gpus}')
+            device = torch.device('cuda', local)
         ref = open_side(args.reference)
-        gen = open_side(args.samples) if args.samples else None
+        gen = args.samples and open_side(args.samples)
         check(gen is None or gen.count or not ref.count,
-              f'{args.samples} holds only statistics, and the images are in {args.reference}: if the sides are '
-              f'swapped, type python fid.py {args.samples} {args.reference}')
-        if args.save_stats and rank == 0:                                     # try it now, not after the hours
+              f'{args.samples} holds only statistics, and the images are in {args.reference}: if the sides '
+              f'are swapped, type python fid.py {args.samples} {args.reference}')
+        if args.save_stats and rank == 0:                                     # now, not after hours of work
             check(not os.path.exists(args.save_stats),
                   f'{args.save_stats} exists already: remove it, or choose another --save-stats')
             save_statistics(args.save_stats, {})
@@ -735,11 +722,11 @@ def main(argv=None):
     net = None
     if any(side.count for side in sides.values()):
         with one_error_for_all_ranks():
-            weights = args.weights or (find_weights() if rank == 0 else None)         # rank 0 downloads
+            weights = args.weights or (rank == 0 and find_weights())          # rank 0 downloads
         with one_error_for_all_ranks():
             weights = weights or find_weights()
             net = load_weights(weights, args.sha256).to(device)
-        published = 'the published file' if args.sha256.lower() == SHA256 else 'not the published file'
+        published = 'not ' * (args.sha256.lower() != SHA256) + 'the published file'
         result |= {'weights': f'{os.path.basename(weights)}, SHA-256 {args.sha256[:8]}..., {published}',
                    'network': f'float32 (no TF32), {device.type}, {world} rank{"s" * (world > 1)}'}
         for side in sides.values():
