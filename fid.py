@@ -387,7 +387,7 @@ def progress(total, what, unit):
     """A bar on rank 0 for work that has taken 5 s; where stderr is no terminal, a line every 50 s."""
     lines = {} if sys.stderr.isatty() else {
         'mininterval': 50, 'miniters': 1,
-        'bar_format': '{desc}: {n_fmt} of {total_fmt}' + unit + ', {rate_fmt}, {remaining} left\n'}
+        'bar_format': '{desc}: {n_fmt} of {total_fmt}' + unit + ', {rate_noinv_fmt}, {remaining} left\n'}
     return tqdm(total=total, desc=what, unit=unit, delay=5, disable=ranks()[0] > 0, ascii=True, **lines)
 
 
