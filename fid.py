@@ -95,23 +95,23 @@ average = functools.partial(functional.avg_pool2d, kernel_size=3, stride=1, padd
 
 
 class Block(nn.Module):
-    """Branches side by side, concatenated: chains of convolutions from a table {branch: [convolution, ...]}.
+    """Branches side by side, concatenated. A table says what they are: {branch: [convolution, ...]}.
 
     A convolution is (channels, kernel), which keeps the size, or (channels, kernel, stride), without padding.
-    A list of two kernels, at the end of a branch, is two convolutions of the same input, a and b. The chain
-    of `branch_pool` begins with the pool.
+    A list of two kernels, last in a branch, is two convolutions of the same input, a and b. The branch
+    `branch_pool` starts with the pool.
     """
 
     def __init__(self, n, pool, table):
         super().__init__()
         self.pool, self.branches = pool, []                                   # of (branch, [[name], ...])
-        for branch, chain in table.items():
-            steps, inputs = [], n
-            for i, (channels, kernel, *stride) in enumerate(chain, 1):
-                name = f'{branch}_{i}' if len(chain) > 1 else branch
-                pair = isinstance(kernel, list)
-                steps.append([name + 'a', name + 'b'] if pair else [name])
-                for name, (h, w) in zip(steps[-1], kernel if pair else [kernel]):
+        for branch, convolutions in table.items():
+            inputs, steps = n, []
+            for i, (channels, kernels, *stride) in enumerate(convolutions, 1):
+                name = f'{branch}_{i}' if len(convolutions) > 1 else branch
+                kernels = kernels if isinstance(kernels, list) else [kernels]
+                steps.append([name] if len(kernels) == 1 else [f'{name}a', f'{name}b'])
+                for name, (h, w) in zip(steps[-1], kernels):
                     how = {'stride': stride[0]} if stride else {'padding': (h // 2, w // 2)}
                     self.add_module(name, Conv(inputs, channels, (h, w), **how))
                 inputs = channels
@@ -130,33 +130,32 @@ class Block(nn.Module):
 ONE, THREE, FIVE, WIDE, TALL = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)         # kernels: height, width
 
 
-def A(m):                                                                     # 35 x 35: n -> 224 + m
+def mixed_5(m):                                                               # 35 x 35: n -> 224 + m
     return {'branch1x1': [(64, ONE)],
             'branch5x5': [(48, ONE), (64, FIVE)],
             'branch3x3dbl': [(64, ONE), (96, THREE), (96, THREE)],
             'branch_pool': [(m, ONE)]}
 
 
-B = {'branch3x3': [(384, THREE, 2)],                                     # 35 x 35 -> 17 x 17: n -> 480 + n
-     'branch3x3dbl': [(64, ONE), (96, THREE), (96, THREE, 2)],
-     'branch_pool': []}
+MIXED_6A = {'branch3x3': [(384, THREE, 2)],                                   # 35 x 35 -> 17 x 17: 288 -> 768
+            'branch3x3dbl': [(64, ONE), (96, THREE), (96, THREE, 2)],
+            'branch_pool': []}
 
 
-def C(m):                                                                     # 17 x 17: 768 -> 768, m inside
+def mixed_6(m):                                                               # 17 x 17: 768 -> 768, m inside
     return {'branch1x1': [(192, ONE)],                                   # first: sFID reads 7 of its channels
             'branch7x7': [(m, ONE), (m, WIDE), (192, TALL)],
             'branch7x7dbl': [(m, ONE), (m, TALL), (m, WIDE), (m, TALL), (192, WIDE)],
             'branch_pool': [(192, ONE)]}
 
 
-D = {'branch3x3': [(192, ONE), (320, THREE, 2)],                              # 17 x 17 -> 8 x 8: 768 -> 1280
-     'branch7x7x3': [(192, ONE), (192, WIDE), (192, TALL), (192, THREE, 2)],
-     'branch_pool': []}
-
-E = {'branch1x1': [(320, ONE)],                                               # 8 x 8: n -> 2048
-     'branch3x3': [(384, ONE), (384, [(1, 3), (3, 1)])],
-     'branch3x3dbl': [(448, ONE), (384, THREE), (384, [(1, 3), (3, 1)])],
-     'branch_pool': [(192, ONE)]}
+MIXED_7A = {'branch3x3': [(192, ONE), (320, THREE, 2)],                       # 17 x 17 -> 8 x 8: 768 -> 1280
+            'branch7x7x3': [(192, ONE), (192, WIDE), (192, TALL), (192, THREE, 2)],
+            'branch_pool': []}
+MIXED_7 = {'branch1x1': [(320, ONE)],                                         # 8 x 8: n -> 2048
+           'branch3x3': [(384, ONE), (384, [(1, 3), (3, 1)])],
+           'branch3x3dbl': [(448, ONE), (384, THREE), (384, [(1, 3), (3, 1)])],
+           'branch_pool': [(192, ONE)]}
 
 
 class Inception(nn.Module):
@@ -169,17 +168,17 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3)
-        self.Mixed_5b = Block(192, average, A(32))           # departures 1, 2, 3: the average of the A's, C's
-        self.Mixed_5c = Block(256, average, A(64))           # and the first E does not count the padding
-        self.Mixed_5d = Block(288, average, A(64))
-        self.Mixed_6a = Block(288, halve, B)
-        self.Mixed_6b = Block(768, average, C(128))
-        self.Mixed_6c = Block(768, average, C(160))
-        self.Mixed_6d = Block(768, average, C(160))
-        self.Mixed_6e = Block(768, average, C(192))
-        self.Mixed_7a = Block(768, halve, D)
-        self.Mixed_7b = Block(1280, average, E)
-        self.Mixed_7c = Block(2048, maximum, E)              # departure 4: the last E takes a maximum
+        self.Mixed_5b = Block(192, average, mixed_5(32))           # departures 1, 2, 3: the averages of 5b to
+        self.Mixed_5c = Block(256, average, mixed_5(64))           # 5d, 6b to 6e and 7b leave out the padding
+        self.Mixed_5d = Block(288, average, mixed_5(64))
+        self.Mixed_6a = Block(288, halve, MIXED_6A)
+        self.Mixed_6b = Block(768, average, mixed_6(128))
+        self.Mixed_6c = Block(768, average, mixed_6(160))
+        self.Mixed_6d = Block(768, average, mixed_6(160))
+        self.Mixed_6e = Block(768, average, mixed_6(192))
+        self.Mixed_7a = Block(768, halve, MIXED_7A)
+        self.Mixed_7b = Block(1280, average, MIXED_7)
+        self.Mixed_7c = Block(2048, maximum, MIXED_7)              # departure 4: no average, a maximum
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):                                                     # (B,    3, 299, 299)
@@ -523,7 +522,8 @@ def open_folder(path):
         with explain(f'{file} cannot be read as an image'), open(file, 'rb') as stream:
             image = Image.open(stream)
             stream.seek(24)                                                   # a PNG's bits per channel
-            check(image.format != 'PNG' or stream.read(1) != b'\x10', f'{file} has 16 bits, expected 8')
+            check(image.format != 'PNG' or stream.read(1) != b'\x10',
+                  f'{file} has 16 bits per channel, expected 8')
         side.size = side.size or image.size[::-1]
         check(image.size[::-1] == side.size, f'{file} is {pixels(image.size[::-1])}, but {files[0]} is '
                                              f'{pixels(side.size)} pixels: expected a single size')
@@ -611,7 +611,7 @@ def extract(net, side, keep):
 
 def measure(net, ref, gen, pr):
     """(measures, notes): a number each, or the reason why it is left out; and sentences about them."""
-    sides, device = (ref, gen), net and net.fc.weight.device
+    sides, device = (ref, gen), net.fc.weight.device if net else None
     result, notes = {}, [*ref.notes, *gen.notes, *cautions(ref, gen)]
     for name, arrays in (('fid', 'mu and sigma'), ('sfid', 'mu_s and sigma_s')):
         without = [side.path for side in sides if name not in side.statistics]
@@ -706,7 +706,7 @@ def main(argv=None):
                                 f'{gpus}: type --nproc_per_node {gpus}')
             device = torch.device('cuda', local)
         ref = open_side(args.reference)
-        gen = args.samples and open_side(args.samples)
+        gen = open_side(args.samples) if args.samples else None
         check(gen is None or gen.count or not ref.count,
               f'{args.samples} holds only statistics, and the images are in {args.reference}: if the sides '
               f'are swapped, type python fid.py {args.samples} {args.reference}')

@@ -1,6 +1,6 @@
 """fid.py: every piece against a closed form or a slow, plain second implementation, then the command.
 
-No pretrained weights are needed: the network here is random, with the names, shapes and file layout of the real.
+No pretrained weights are needed: the network here is random, in the real one's names, shapes and file layout.
 """
 
 import hashlib
@@ -621,7 +621,10 @@ def test_ranks_divide_the_images_and_add_up(linear, monkeypatch):
 
 def test_an_error_of_one_rank_is_the_error_of_all(monkeypatch):
     monkeypatch.setattr(fid, 'ranks', lambda: (0, 3))
-    monkeypatch.setattr(fid.dist, 'all_gather_object', lambda out, mine: out.__setitem__(slice(3), [mine, 'b', 'c']))
+    def gather(out, mine):
+        out[:] = mine, 'b', 'c'
+
+    monkeypatch.setattr(fid.dist, 'all_gather_object', gather)
     for mine, want in ((None, 'b'), ('a', 'a')):
         with pytest.raises(fid.BadInput, match=want), fid.one_error_for_all_ranks():
             fid.check(mine is None, mine)
@@ -653,10 +656,10 @@ def test_what_the_files_do_not_allow_is_left_out_and_named():
 def test_notes():
     stored = fid.Side('a', stored=True)
     assert not [*fid.cautions(stored, side('b', 50_000)), *fid.cautions(side('a', 2049), side('b', 50_100))]
-    for ref, gen, words in ((side('a', 2049), side('b', 50_000, stored=True), 'a none: are the sides swapped?'),
+    for ref, gen, words in ((side('a', 2049), side('b', 50_000, stored=True), 'a none: are the sides'),
                             (fid.Side('a', 3000, (24, 32)), side('b', 50_000), '32 x 24 and 8 x 8'),
                             (stored, side('b', 3), '3 samples: the fewer'),
-                            (side('a', 8), side('b', 50_000), '8 reference images: their covariance has rank 7')):
+                            (side('a', 8), side('b', 50_000), 'their covariance has rank 7')):
         notes = list(fid.cautions(ref, gen))
         assert len(notes) == 1 and words in notes[0]
     classes = torch.arange(6000) // 1200
@@ -745,9 +748,9 @@ def test_help_shows_every_default(capsys):
 
 
 def torchrun(*argv, cwd, **env):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', fid.__file__]
-    return subprocess.run([*command, *map(str, argv)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {'OMP_NUM_THREADS': '1'} | env)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    return subprocess.run([*command, fid.__file__, *map(str, argv)], cwd=cwd, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {'OMP_NUM_THREADS': '1'} | env)
 
 
 @pytest.mark.slow
