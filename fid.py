@@ -212,13 +212,13 @@ def check(condition, sentence):
 
 @contextlib.contextmanager
 def explain(what):
-    """A library's error inside the block becomes one sentence: `what`, then the library's reason."""
+    """A library's error inside the block becomes one sentence: `what`, then the first of the library's."""
     try:
         yield
     except BadInput:
         raise
     except Exception as error:                                                # a broken file raises anything
-        raise BadInput(f'{what}: {" ".join(str(error).split())[:300]}') from None
+        raise BadInput(f'{what}: {" ".join(str(error).split()).split(". ")[0][:300]}') from None
 
 
 # ------------------------------------------------------------------------------------------------- weights
@@ -419,7 +419,7 @@ class Side:
     path: str
     count: int = 0                            # images
     size: tuple = ()                          # H, W
-    read: typing.Callable | None = None       # read(start, stop, step) gives batches uint8 (B, H, W, 3)
+    read: typing.Callable | None = None       # read(i, j) gives images i to j - 1, uint8 (j - i, H, W, 3)
     stored: bool = False                      # the file holds statistics
     notes: list = dataclasses.field(default_factory=list)                    # sentences about the file
     statistics: dict = dataclasses.field(default_factory=dict)               # 'fid', 'sfid': Gaussian
@@ -448,9 +448,9 @@ def check_images(path, shape, dtype):
 def open_npz(path):
     side = Side(str(path))
     with explain(f'{path} cannot be read as an .npz file, made with np.savez(FILE, arr_0=images)'), \
-            zipfile.ZipFile(path) as archive, np.load(path) as arrays:        # without pickles, by default
+            zipfile.ZipFile(path), np.load(path) as arrays:                   # without pickles, by default
         if 'arr_0' in arrays:
-            side.count, side.size, side.read = open_array(archive, path)
+            side.count, side.size, side.read = open_array(path)
         for name, mean, cov, D in (('fid', 'mu', 'sigma', 2048), ('sfid', 'mu_s', 'sigma_s', 2023)):
             if mean in arrays and cov in arrays:
                 what = f'{path}: {mean} and {cov}'
@@ -461,21 +461,18 @@ def open_npz(path):
     return side
 
 
-def open_array(archive, path):
+def open_array(path):
     """(count, size, read) of `arr_0` in an .npz, which is read in batches: ADM's of 512 pixels is 8 GB."""
-    with archive.open('arr_0.npy') as file:
-        npy = np.lib.format
-        header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}[npy.read_magic(file)[0]]
-        (shape, fortran, dtype), begin = header(file), file.tell()
+    file, npy = zipfile.ZipFile(path).open('arr_0.npy'), np.lib.format
+    header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}[npy.read_magic(file)[0]]
+    (shape, fortran, dtype), begin = header(file), file.tell()
     check_images(path, shape, dtype)
     check(not fortran, f'{path} holds arr_0 in Fortran order: save `np.ascontiguousarray(images)`')
 
-    def read(start, stop, step):
-        with explain(f'{path} is damaged'), zipfile.ZipFile(path).open('arr_0.npy') as file:
-            file.seek(begin + start * math.prod(shape[1:]))
-            for at in range(start, stop, step):
-                B = min(step, stop - at)
-                yield np.frombuffer(file.read(B * math.prod(shape[1:])), np.uint8).reshape(B, *shape[1:])
+    def read(i, j):
+        with explain(f'{path} is damaged'):
+            file.seek(begin + i * math.prod(shape[1:]))
+            return np.frombuffer(file.read((j - i) * math.prod(shape[1:])), np.uint8).reshape(j - i, *shape[1:])
     return shape[0], shape[1:3], read
 
 
@@ -501,12 +498,8 @@ def open_data(path):
         array = np.load(path / 'data.npy', mmap_mode='r')
         n, C, H, W = array.shape
         check_images(path / 'data.npy', (n, H, W, C + 2 * (C == 1)), array.dtype)           # 1 or 3 channels
-
-    def read(start, stop, step):
-        for at in range(start, stop, step):
-            batch = array[at:min(at + step, stop)].transpose(0, 2, 3, 1)      # (B, H, W, C)
-            yield np.broadcast_to(batch, (len(batch), H, W, 3))
-    return Side(str(path), n, (H, W), read)
+    return Side(str(path), n, (H, W),
+                lambda i, j: np.broadcast_to(array[i:j].transpose(0, 2, 3, 1), (j - i, H, W, 3)))
 
 
 def open_folder(path):
@@ -534,13 +527,12 @@ def open_folder(path):
         (jpeg, 'images are JPEG; its losses move FID, PNG has none'),
         (len(others), f'files are neither PNG nor JPEG ({kinds}), and were skipped')) if n]
 
-    def read(start, stop, step):
-        for at in range(start, stop, step):
-            batch = []
-            for file in files[at:min(at + step, stop)]:
-                with explain(f'{file} cannot be read as an image'), Image.open(file) as image:
-                    batch.append(np.asarray(image.convert('RGB')))
-            yield np.stack(batch)
+    def read(i, j):
+        images = []
+        for file in files[i:j]:
+            with explain(f'{file} cannot be read as an image'), Image.open(file) as image:
+                images.append(np.asarray(image.convert('RGB')))
+        return np.stack(images)
     side.read = read
     return side
 
@@ -587,8 +579,9 @@ def extract(net, side, keep):
     start, stop = (min(side.count, batches * r // world * step) for r in (rank, rank + 1))
     pools, moments = [torch.empty(0, 2048)], {'fid': Moments(2048, device), 'sfid': Moments(2023, device)}
     with one_error_for_all_ranks(), progress(stop - start, side.path, ' images') as bar:
-        for images in side.read(start, stop, step):
-            pool, spatial = net(preprocess(images, device))
+        for i in range(start, stop, step):
+            j = min(i + step, stop)
+            pool, spatial = net(preprocess(side.read(i, j), device))
             check(pool.isfinite().all() and spatial.isfinite().all(),
                   f'{side.path}: the network computes features that are not finite, try another machine')
             if not side.stored:
@@ -596,7 +589,7 @@ def extract(net, side, keep):
                 moments['sfid'].add(spatial)
             if keep:
                 pools.append(pool.cpu())
-            bar.update(len(images))
+            bar.update(j - i)
     side.pool = torch.cat(pools)
     if world > 1:
         pools = [None] * world if rank == 0 else None
@@ -689,7 +682,7 @@ def parse(argv):
 
 
 NAMES = {'fid': 'FID', 'sfid': 'sFID', 'inception_score': 'Inception Score'}
-ABOUT = {'adm': "float16 distances as ADM's", 'exact': 'exact distances, not those of papers'}
+ABOUT = {'adm': "   k = 3, float16 distances as ADM's", 'exact': '   k = 3, exact distances, not those of papers'}
 
 
 def main(argv=None):
@@ -741,9 +734,8 @@ def main(argv=None):
             if args.json:
                 print(json.dumps(result | {'pr': args.pr, 'notes': notes}))
             for key, value in () if args.json else result.items():
-                about = f'   k = 3, {ABOUT[args.pr]}' if key == 'precision' else ''
-                print(f'{NAMES.get(key, key):18}{value}' if isinstance(value, str)
-                      else f'{NAMES.get(key, key):18}{value:8.4f}{about}')
+                number = '' if isinstance(value, str) else f'{value:8.4f}' + ABOUT[args.pr] * (key == 'precision')
+                print(f'{NAMES.get(key, key):18}{number or value}')
             for note in notes:
                 print(f'note: {note}', file=sys.stderr)
             if args.save_stats:                                               # last: the numbers are safe
