@@ -387,7 +387,7 @@ def progress(total, what, unit):
     lines = {} if sys.stderr.isatty() else {
         'mininterval': 50, 'miniters': 1,
         'bar_format': '{desc}: {n_fmt} of {total_fmt}' + unit + ', {rate_noinv_fmt}, {remaining} left\n'}
-    return tqdm(total=total, desc=what, unit=unit, delay=5, disable=ranks()[0] > 0, ascii=True, **lines)
+    return tqdm(total=total, desc=what, unit=unit, delay=5, disable=ranks()[0] > 0, **lines)
 
 
 def precision_recall(real, fake, k=3, mode='adm', block=2000):
@@ -472,7 +472,8 @@ def open_array(path):
     def read(i, j):
         with explain(f'{path} is damaged'):
             file.seek(begin + i * math.prod(shape[1:]))
-            return np.frombuffer(file.read((j - i) * math.prod(shape[1:])), np.uint8).reshape(j - i, *shape[1:])
+            content = file.read((j - i) * math.prod(shape[1:]))
+            return np.frombuffer(content, np.uint8).reshape(j - i, *shape[1:])
     return shape[0], shape[1:3], read
 
 
@@ -497,7 +498,8 @@ def open_data(path):
                                 f'images without --vae (python data.py folder SRC --out DIR --size 256)')
         array = np.load(path / 'data.npy', mmap_mode='r')
         n, C, H, W = array.shape
-        check_images(path / 'data.npy', (n, H, W, C + 2 * (C == 1)), array.dtype)           # 1 or 3 channels
+        channels = 3 if C == 1 else C                                         # grey is repeated
+        check_images(path / 'data.npy', (n, H, W, channels), array.dtype)
     return Side(str(path), n, (H, W),
                 lambda i, j: np.broadcast_to(array[i:j].transpose(0, 2, 3, 1), (j - i, H, W, 3)))
 
@@ -562,8 +564,8 @@ def one_error_for_all_ranks():
     sentences = [sentence] * ranks()[1]
     if len(sentences) > 1:
         dist.all_gather_object(sentences, sentence)
-    for sentence in filter(None, sentences):
-        raise BadInput(sentence)
+    sentence = next(filter(None, sentences), None)
+    check(sentence is None, sentence)
 
 
 @torch.no_grad()
@@ -604,8 +606,7 @@ def extract(net, side, keep):
 
 def measure(net, ref, gen, pr):
     """(measures, notes): a number each, or the reason why it is left out; and sentences about them."""
-    sides, device = (ref, gen), net.fc.weight.device if net else None
-    result, notes = {}, [*ref.notes, *gen.notes, *cautions(ref, gen)]
+    result, notes, sides = {}, [*ref.notes, *gen.notes, *cautions(ref, gen)], (ref, gen)
     for name, arrays in (('fid', 'mu and sigma'), ('sfid', 'mu_s and sigma_s')):
         without = [side.path for side in sides if name not in side.statistics]
         if without:
@@ -613,7 +614,7 @@ def measure(net, ref, gen, pr):
         else:
             result[name] = frechet_distance(ref.statistics[name], gen.statistics[name])
     if gen.count:
-        logits = net.logits(gen.pool.to(device)).cpu()
+        logits = net.logits(gen.pool.to(net.fc.weight.device)).cpu()
         score, mixed = inception_score(logits), inception_score(interleaved(logits))
         result['inception_score'] = score
         if mixed > 1.05 * score:
@@ -626,7 +627,7 @@ def measure(net, ref, gen, pr):
     if few:
         result['precision'] = result['recall'] = f'left out: {" and ".join(few)}'
     else:
-        pools = (side.pool.to(device) for side in sides)
+        pools = (side.pool.to(net.fc.weight.device) for side in sides)
         result['precision'], result['recall'] = precision_recall(*pools, mode=pr)
     return result, notes
 
@@ -681,8 +682,13 @@ def parse(argv):
     return args
 
 
-NAMES = {'fid': 'FID', 'sfid': 'sFID', 'inception_score': 'Inception Score'}
-ABOUT = {'adm': "   k = 3, float16 distances as ADM's", 'exact': '   k = 3, exact distances, not those of papers'}
+def print_result(result, pr):
+    names = {'fid': 'FID', 'sfid': 'sFID', 'inception_score': 'Inception Score'}
+    about = {'adm': "float16 distances as ADM's", 'exact': 'exact distances, not those of papers'}[pr]
+    for key, value in result.items():
+        if isinstance(value, float):
+            value = f'{value:8.4f}' + f'   k = 3, {about}' * (key == 'precision')
+        print(f'{names.get(key, key):18}{value}')
 
 
 def main(argv=None):
@@ -700,9 +706,6 @@ def main(argv=None):
             device = torch.device('cuda', local)
         ref = open_side(args.reference)
         gen = open_side(args.samples) if args.samples else None
-        check(gen is None or gen.count or not ref.count,
-              f'{args.samples} holds only statistics, and the images are in {args.reference}: if the sides '
-              f'are swapped, type python fid.py {args.samples} {args.reference}')
         if args.save_stats and rank == 0:                                     # now, not after hours of work
             check(not os.path.exists(args.save_stats),
                   f'{args.save_stats} exists already: remove it, or choose another --save-stats')
@@ -733,9 +736,8 @@ def main(argv=None):
             result |= measures
             if args.json:
                 print(json.dumps(result | {'pr': args.pr, 'notes': notes}))
-            for key, value in () if args.json else result.items():
-                number = '' if isinstance(value, str) else f'{value:8.4f}' + ABOUT[args.pr] * (key == 'precision')
-                print(f'{NAMES.get(key, key):18}{number or value}')
+            else:
+                print_result(result, args.pr)
             for note in notes:
                 print(f'note: {note}', file=sys.stderr)
             if args.save_stats:                                               # last: the numbers are safe

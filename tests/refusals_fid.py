@@ -21,7 +21,7 @@ def desk(folder):
     mu, sigma = np.zeros(2048), np.eye(2048)
     for name, arrays in {'ok': {'arr_0': x}, 'first': {'arr_0': x.transpose(0, 3, 1, 2).copy()},
                          'floats': {'arr_0': x / np.float32(127.5) - 1}, 'one': {'arr_0': x[:1]},
-                         'other': {'images': x}, 'stats': {'mu': mu, 'sigma': sigma},
+                         'other': {'images': x},
                          'clip': {'mu': mu[:512], 'sigma': sigma[:512, :512]},
                          'nan': {'mu': mu, 'sigma': sigma * np.nan}, 'negative': {'mu': mu, 'sigma': -sigma},
                          'triangle': {'mu': mu, 'sigma': np.tril(sigma + 0.5)}}.items():
@@ -57,7 +57,6 @@ ROWS = [
     ('fid.py', '{desk}/nan.npz {desk}/ok.npz', 'not finite'),
     ('fid.py', '{desk}/negative.npz {desk}/ok.npz', 'not positive semidefinite'),
     ('fid.py', '{desk}/triangle.npz {desk}/ok.npz', 'not symmetric'),
-    ('fid.py', '{desk}/ok.npz {desk}/stats.npz', 'if the sides are swapped, type python fid.py'),
     ('fid.py', '{desk}/ok.npz {desk}/mixed', '1.png is 9 x 8, but'),
     ('fid.py', '{desk}/ok.npz {desk}/deep', '1.png has 16 bits per channel, expected 8'),
     ('fid.py', '{desk}/ok.npz {desk}/broken', '1.png cannot be read as an image'),
