@@ -91,7 +91,7 @@ class Conv(nn.Module):
 halve = functools.partial(functional.max_pool2d, kernel_size=3, stride=2)
 maximum = functools.partial(functional.max_pool2d, kernel_size=3, stride=1, padding=1)
 average = functools.partial(functional.avg_pool2d, kernel_size=3, stride=1, padding=1,
-                            count_include_pad=False)
+                            count_include_pad=False)                          # see Inception: departures
 
 
 class Block(nn.Module):
@@ -122,7 +122,7 @@ class Block(nn.Module):
         for branch, steps in self.branches:
             parts = [self.pool(x) if branch == 'branch_pool' else x]
             for names in steps:
-                parts = [getattr(self, name)(parts[0]) for name in names]
+                parts = [getattr(self, name)(parts[0]) for name in names]     # two parts after a pair
             outputs += parts
         return torch.cat(outputs, 1)
 
@@ -309,8 +309,8 @@ def frechet_distance(a, b):
 
 def frechet_from_features(x, y):
     """From features (n, D) and (m, D)."""
-    x, y = (Moments(rows.shape[1]).add(torch.as_tensor(rows)).gaussian() for rows in (x, y))
-    return frechet_distance(x, y)
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    return frechet_distance(*(Moments(rows.shape[1], rows.device).add(rows).gaussian() for rows in (x, y)))
 
 
 # ----------------------------------------------------------------------------------------- Inception Score
@@ -524,10 +524,10 @@ def open_folder(path):
                                              f'{pixels(side.size)} pixels: expected a single size')
         converted += image.mode != 'RGB'
     jpeg = sum(file.suffix.lower() != '.png' for file in files)
-    side.notes = [f'{path}: {n:,} {what}' for n, what in (
-        (converted, 'images were grey or had alpha or a palette, and were converted to RGB'),
-        (jpeg, 'images are JPEG; its losses move FID, PNG has none'),
-        (len(others), f'files are neither PNG nor JPEG ({kinds}), and were skipped')) if n]
+    side.notes = [f'{path}: {what}: {n:,}' for what, n in (
+        ('images converted to RGB, from grey, alpha or a palette', converted),
+        ('JPEG images, whose losses move FID', jpeg),
+        (f'files skipped, neither PNG nor JPEG ({kinds})', len(others))) if n]
 
     def read(i, j):
         images = []
