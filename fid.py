@@ -448,7 +448,7 @@ def check_images(path, shape, dtype):
 def open_npz(path):
     side = Side(str(path))
     with explain(f'{path} cannot be read as an .npz file, made with np.savez(FILE, arr_0=images)'), \
-            zipfile.ZipFile(path), np.load(path) as arrays:                   # without pickles, by default
+            zipfile.ZipFile(path), np.load(path) as arrays:                   # by default without pickles
         if 'arr_0' in arrays:
             side.count, side.size, side.read = open_array(path)
         for name, mean, cov, D in (('fid', 'mu', 'sigma', 2048), ('sfid', 'mu_s', 'sigma_s', 2023)):

@@ -23,8 +23,7 @@ def desk(folder):
                          'floats': {'arr_0': x / np.float32(127.5) - 1}, 'one': {'arr_0': x[:1]},
                          'other': {'images': x},
                          'clip': {'mu': mu[:512], 'sigma': sigma[:512, :512]},
-                         'nan': {'mu': mu, 'sigma': sigma * np.nan}, 'negative': {'mu': mu, 'sigma': -sigma},
-                         'triangle': {'mu': mu, 'sigma': np.tril(sigma + 0.5)}}.items():
+                         'negative': {'mu': mu, 'sigma': -sigma}}.items():
         np.savez(folder / f'{name}.npz', **arrays)
     np.save(folder / 'array.npy', x)
     (folder / 'short.npz').write_bytes((folder / 'ok.npz').read_bytes()[:-100])
@@ -54,9 +53,7 @@ ROWS = [
     ('fid.py', '{desk}/ok.npz {desk}/floats.npz', 'holds float32 (4, 8, 8, 3), expected images uint8'),
     ('fid.py', '{desk}/ok.npz {desk}/one.npz', 'too few images for a covariance: 1, expected at least 2'),
     ('fid.py', '{desk}/clip.npz {desk}/ok.npz', '(512,) and float64 (512, 512), expected floats (2048,)'),
-    ('fid.py', '{desk}/nan.npz {desk}/ok.npz', 'not finite'),
     ('fid.py', '{desk}/negative.npz {desk}/ok.npz', 'not positive semidefinite'),
-    ('fid.py', '{desk}/triangle.npz {desk}/ok.npz', 'not symmetric'),
     ('fid.py', '{desk}/ok.npz {desk}/mixed', '1.png is 9 x 8, but'),
     ('fid.py', '{desk}/ok.npz {desk}/deep', '1.png has 16 bits per channel, expected 8'),
     ('fid.py', '{desk}/ok.npz {desk}/broken', '1.png cannot be read as an image'),
