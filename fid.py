@@ -298,8 +298,8 @@ def frechet_distance(a, b):
     """|mean_a - mean_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^1/2 of two Gaussians.
 
     With S_a = R'R, the eigenvalues of S_a S_b are those of R S_b R', which is symmetric: real and, up to
-    rounding, not negative. n rows give a covariance of rank n - 1 at most, so R has no more rows: what is left
-    is rounding errors of 1e-16, whose roots would be 1e-8.
+    rounding, not negative. n rows give a covariance of rank n - 1 at most, so R has no more rows: the
+    other eigenvalues are rounding errors of 1e-16, whose roots would be 1e-8.
     """
     a, b = sorted((a, b), key=lambda side: side.n)
     values, vectors = torch.linalg.eigh(a.cov)                                # in ascending order
