@@ -140,7 +140,7 @@ def describe(dataset, labelled):
             'scale': dataset.scale, 'vae': dataset.vae, 'vae_sha256': dataset.vae_sha256}
 
 
-# ------------------------------------------------------------------------------------- ranks, folder, signals
+# ---------------------------------------------------------------------------------- ranks, folder, signals
 
 def setup_distributed():
     """(rank, world, device), with a process group if torchrun started several ranks."""
@@ -163,11 +163,13 @@ def lock_folder(out, rank):
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY)
     try:
-        if rank == 0:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):                                    # a file system without locks
+            try:
+                if rank == 0:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f'another run is writing into {out}: wait, or choose another --out') from None
         yield
-    except BlockingIOError:
-        raise BadInput(f'another run is writing into {out}: wait, or choose another --out') from None
     finally:
         os.close(folder)
 
