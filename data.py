@@ -98,6 +98,7 @@ def script(name, main):
         sys.stderr.flush()
         os._exit(status)
 
+    sys.stdout.reconfigure(errors='backslashreplace')                         # file names need not be UTF-8
     try:
         main()
     except BadInput as error:
@@ -261,18 +262,25 @@ def read_ahead(read, places, threads=4, ahead=8):
 # --------------------------------------------------------------------------------------- writing a folder
 
 @contextlib.contextmanager
+def naming(path):
+    """An OSError inside gets the name of the file, which a full disk does not give."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def whole_file(path):
     """A file to write, which gets its name when all of it is on disk: `path` is never half a file."""
     temporary = pathlib.Path(f'{path}.tmp')
     try:
-        with open(temporary, 'wb') as file:
+        with naming(path), open(temporary, 'wb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)                          # a full disk names no file
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -383,6 +391,8 @@ def report(out, meta, shape):
     print('mean of the channels: ' + ', '.join(f'{value:.3f}' for value in meta['mean']))
     print('standard deviation of the channels: ' + ', '.join(f'{value:.3f}' for value in meta['std'])
           + ' (train.py assumes 0.5, unless --sigma-data says another)')
+    if meta['kind'] != 'images' and not 0.3 < np.mean(meta['std']) < 2.5:
+        print('note: scaled latents usually have 0.5 to 1.2: is --scale right?')
 
 
 # ------------------------------------------------------------------------------------------------- charts
@@ -406,7 +416,7 @@ def ticks(low, high, log):
 
 def draw_line(pen, points, colour, dash):
     """A line through points. Its dashes run on from piece to piece, so that short pieces show them too."""
-    run, spots = 0.0, [points[0]]
+    run, spots = 0.0, [points[0]]                                             # below 0 in the gap of a dash
     for (x, y), (u, v) in zip(points, points[1:]):
         pieces = max(1, round(math.dist((x, y), (u, v)) / 3)) if dash else 1
         for i in range(1, pieces + 1):
@@ -427,24 +437,26 @@ def chart(path, title, series, x_label, y_label, log_x=False, log_y=False):
     A label stands at the end of its line. None, NaN and, on a logarithmic axis, numbers up to 0 are gaps.
     Series of the same colour differ in their dashes, so at most four may share one.
     """
-    font, line_h = ImageFont.load_default(28), 36                             # twice the size that is saved
+    font, line_h = ImageFont.load_default(28), 36                             # it is saved at half the size
     left, top, width, height = 150, 130, 1200, max(720, line_h * len(series))
     right, bottom = left + width, top + height
     sheet = Image.new('RGB', (right + 130 + int(max(font.getlength(one[0]) for one in series)), bottom + 130),
                       'white')
     pen = ImageDraw.Draw(sheet)
     bend_x, bend_y = (math.log10 if log else float for log in (log_x, log_y))
-    lines = []                                                    # pieces of (x, y, bar from, bar to), bent
+    lines = []                                # of each series, pieces of (x, y, bar from, bar to), all bent
     for _, _, xs, ys, *bars in series:
         pieces = [[]]
         for x, y, e in zip(xs, ys, bars[0] if bars else [0] * len(xs)):
             if None in (x, y) or not math.isfinite(x + y) or log_x and x <= 0 or log_y and y <= 0:
                 pieces.append([])
             else:
+                e = e if e and math.isfinite(e) else 0
                 least = bend_y(y - e) if y > e or not log_y else bend_y(y)
                 pieces[-1].append((bend_x(x), bend_y(y), least, bend_y(y + e)))
         lines.append([piece for piece in pieces if piece])
 
+    # the axes
     points = np.array([point for line in lines for piece in line for point in piece] or np.zeros((1, 4)))
     spans = []
     for part in (points[:, 0], points[:, 1:]):                                # a margin inside the frame
@@ -466,6 +478,7 @@ def chart(path, title, series, x_label, y_label, log_x=False, log_y=False):
     pen.text((left, 94), y_label, 'black', font, anchor='lm')
     pen.text(((left + right) / 2, bottom + 84), x_label, 'black', font, anchor='mm')
 
+    # the lines
     used, ends = collections.Counter(), []
     for i, ((label, colour, *_), line) in enumerate(zip(series, lines)):
         aside = 7 * (i - (len(series) - 1) / 2) if any(len(one) > 4 for one in series) else 0  # bars in a row
@@ -482,6 +495,7 @@ def chart(path, title, series, x_label, y_label, log_x=False, log_y=False):
         ends.append((v, u, label, colour, DASHES[used[colour]]))
         used[colour] += 1
 
+    # the labels at their ends
     ends.sort()
     heights = [v for v, *_ in ends]
     for i in range(1, len(ends)):                                             # push labels apart, down,
@@ -623,7 +637,7 @@ def stage(n, m, blocks, resize=None):
     if resize == 'downsample':                                                # padded on the right and below
         layers[resize] = chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(m, m, 3, stride=2))
     if resize == 'upsample':
-        layers[resize] = chain(double=nn.Upsample(scale_factor=2.0), conv=conv(m, m))
+        layers[resize] = chain(nearest=nn.Upsample(scale_factor=2.0), conv=conv(m, m))
     return chain(**layers)
 
 
@@ -678,18 +692,12 @@ MSE_SHA256 = 'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815'
 PUBLISHED_VAE = ('diffusion_pytorch_model.safetensors (334,643,276 bytes) of '
                  'https://huggingface.co/stabilityai/sd-vae-ft-ema or sd-vae-ft-mse (SHA-256 of -mse: '
                  f'{MSE_SHA256})')
-LDM_NAMES = (                                 # diffusers' names, today's and older, and LDM's
-    *((f'.up_blocks.{i}.', f'.up.{3 - i}.') for i in range(4)),
-    ('.down_blocks.', '.down.'),
-    ('.mid_block.resnets.0.', '.mid.block_1.'),
-    ('.mid_block.resnets.1.', '.mid.block_2.'),
-    ('.mid_block.attentions.0.', '.mid.attn_1.'),
-    ('.resnets.', '.block.'),
-    ('.upsamplers.0.', '.upsample.'),
-    ('.downsamplers.0.', '.downsample.'),
-    ('.conv_shortcut.', '.nin_shortcut.'),
-    ('.conv_norm_out.', '.norm_out.'),
-    ('.group_norm.', '.norm.'),
+LDM_NAMES = (                                 # diffusers' names, of today and older, and LDM's
+    *((f'.up_blocks.{i}.', f'.up.{3 - i}.') for i in range(4)), ('.down_blocks.', '.down.'),
+    ('.mid_block.resnets.0.', '.mid.block_1.'), ('.mid_block.resnets.1.', '.mid.block_2.'),
+    ('.mid_block.attentions.0.', '.mid.attn_1.'), ('.resnets.', '.block.'),
+    ('.upsamplers.0.', '.upsample.'), ('.downsamplers.0.', '.downsample.'),
+    ('.conv_shortcut.', '.nin_shortcut.'), ('.conv_norm_out.', '.norm_out.'), ('.group_norm.', '.norm.'),
     ('.to_q.', '.q.'), ('.to_k.', '.k.'), ('.to_v.', '.v.'), ('.to_out.0.', '.proj_out.'),
     ('.query.', '.q.'), ('.key.', '.k.'), ('.value.', '.v.'), ('.proj_attn.', '.proj_out.'))
 SAFETENSORS = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F64': torch.float64,
@@ -717,25 +725,26 @@ def read_vae(path, device='cpu'):
     check(os.path.exists(path), f'there is no VAE {path}: name one with --vae, such as {PUBLISHED_VAE}')
     with reading(path):
         with open(path, 'rb') as file:
+            head = file.read(40)
+            file.seek(0)
             sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-            file.seek(8)
-            safe = file.read(1) == b'{'
-        mmap = zipfile.is_zipfile(path)                                       # torch's older files are none
-        weights = read_safetensors(path) if safe else torch.load(path, 'cpu', weights_only=True, mmap=mmap)
+        safe, zipped = head[8:9] == b'{', head[:2] == b'PK'                   # torch's older files are no zip
+        check(safe or zipped or head[:1] == b'\x80', f'{path} is neither a safetensors nor a torch file, it '
+              f'begins with {head!r}: get {PUBLISHED_VAE}')
+        weights = read_safetensors(path) if safe else torch.load(path, 'cpu', weights_only=True, mmap=zipped)
         weights = weights.get('state_dict', weights)
         inside = 'first_stage_model.' * any(name.startswith('first_stage_model.') for name in weights)
         found = {}
-        for name, value in weights.items():
+        for name in weights:
             if name.startswith(inside):
-                name = name.removeprefix(inside)
-                for theirs, ours in LDM_NAMES:
-                    name = name.replace(theirs, ours)
-                found[name] = value
+                ours = name.removeprefix(inside)
+                for old, new in LDM_NAMES:
+                    ours = ours.replace(old, new)
+                found[ours] = weights[name]
     with torch.device('meta'):
         vae = VAE()
-    wanted = vae.state_dict()
-    wrong = [name for name, value in wanted.items()
-             if name not in found or found[name].numel() != value.numel()]    # diffusers' attention is linear
+    wanted = vae.state_dict()                                                 # diffusers' attention is linear
+    wrong = [name for name in wanted if name not in found or found[name].numel() != wanted[name].numel()]
     check(not wrong, f'{path} is not the f8 autoencoder of Stable Diffusion: of its {len(wanted)} tensors '
           f'{len(wrong)} are missing or of another shape, such as {wrong[:1]}: get {PUBLISHED_VAE}')
     vae.load_state_dict({name: found[name].to(torch.float32, copy=True).reshape(value.shape)
@@ -829,7 +838,7 @@ def list_files(source, leave_out=()):
 # OUT.partial/000007.json    their labels and what was skipped; written last, it marks a finished chunk
 # OUT.partial/made/          becomes OUT when all rows are in it
 #
-# Every file appears by renaming, so a kill leaves whole files. Rank r makes chunks r, r + world, ... and rank 0
+# Every file appears by renaming, so a kill leaves whole files. Rank r makes chunks r, r + world, ...; rank 0
 # joins them. An image's chunk and its place in a batch of the encoder do not depend on the number of ranks or
 # restarts, so its bytes do not either.
 
@@ -909,7 +918,8 @@ def join(partial, count, dtype, shape, meta, skipped, notes):
     for sentence in [*notes, *(f'{number:,} {what}' for what, number in sorted(done.items()))]:
         print(sentence)
 
-    with open(os.open(made / 'data.npy', os.O_RDWR | os.O_CREAT, 0o666), 'r+b') as file:
+    (made / 'data.npy').touch()
+    with naming(made / 'data.npy'), open(made / 'data.npy', 'r+b') as file:
         write_header(file, dtype, (len(labels), *shape))
         for k in progress(range(count), desc='joining', unit=' chunks'):
             size = len(records[k]['labels']) * math.prod(shape) * np.dtype(dtype).itemsize
@@ -925,37 +935,37 @@ def join(partial, count, dtype, shape, meta, skipped, notes):
     return finish(made, labels, {'classes': max(labels) + 1} | meta | {'skipped': len(skipped)})
 
 
-def begin(out, partial, plan, needed):
-    """Make or take up the working folder, and check its plan. Returns rank 0's lock of it.
-
-    False if rank 0 is finished already. `needed` bytes must fit on the disk.
-    """
-    lock = True
-    if rank_and_world()[0] == 0:
-        (partial / 'made').mkdir(parents=True, exist_ok=True)
-        lock = open(partial / 'lock', 'w')                                    # until this process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f'another program is preparing {out} now') from None
-        (partial / 'failed').unlink(missing_ok=True)
-        if not (partial / 'plan.json').exists():
-            free = shutil.disk_usage(partial).free
-            if free < needed:
-                shutil.rmtree(partial)
-                raise BadInput(f'{out} needs {needed / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB '
-                               f'free: make room, or choose another --out')
-            with whole_file(partial / 'plan.json') as file:
-                file.write(json.dumps(plan).encode())
-    while not (partial / 'plan.json').exists() and not os.path.lexists(out):
-        time.sleep(0.1)                                                       # until rank 0 has begun
-    with contextlib.suppress(FileNotFoundError):                              # removed by rank 0 at its end
-        old = json.loads((partial / 'plan.json').read_text())
-        differ = [f'{key} was {str(old.get(key))[:80]} and is now {str(plan[key])[:80]}'
-                  for key in plan if old.get(key) != plan[key]]
-        check(not differ, f'{partial} was begun for something else ({"; ".join(differ)}): run the command as '
-              f'it was to resume, or remove {partial} to start again')
-    return lock
+@contextlib.contextmanager
+def working_folder(out, partial, plan, needed):
+    """Make `partial`, or resume in it if its plan is ours. Rank 0 locks it. `needed` bytes must be free."""
+    with contextlib.ExitStack() as stack:
+        if rank_and_world()[0] == 0:
+            (partial / 'made').mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(partial / 'lock', 'w'))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadInput(f'another program is preparing {out} now') from None
+            except OSError:
+                pass                                                          # a disk without locks
+            (partial / 'failed').unlink(missing_ok=True)
+            if not (partial / 'plan.json').exists():
+                free = shutil.disk_usage(partial).free
+                if free < needed:
+                    shutil.rmtree(partial)
+                    raise BadInput(f'{out} needs {needed / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB'
+                                   f': make room, or choose another --out')
+                with whole_file(partial / 'plan.json') as file:
+                    file.write(json.dumps(plan).encode())
+        while not (partial / 'plan.json').exists() and not os.path.lexists(out):
+            time.sleep(0.1)                                                   # until rank 0 has begun
+        with contextlib.suppress(FileNotFoundError):                          # removed by rank 0 at its end
+            old = json.loads((partial / 'plan.json').read_text())
+            differ = [f'{key} was {str(old.get(key))[:80]} and is now {str(plan[key])[:80]}'
+                      for key in plan if old.get(key) != plan[key]]
+            check(not differ, f'{partial} was begun for something else ({"; ".join(differ)}): to resume, '
+                  f'type the command as it was; to start again, remove {partial}')
+        yield
 
 
 def prepare(out, items, read, dtype, shape, meta, workers, encode=None, batch=CHUNK, skipped=(), notes=()):
@@ -973,31 +983,30 @@ def prepare(out, items, read, dtype, shape, meta, workers, encode=None, batch=CH
     chunks = [[items[i] for i in order[at:at + CHUNK]] for at in range(0, len(items), CHUNK)]
     names = hashlib.sha256(os.fsencode('\0'.join(f'{name}\0{label}' for name, label in items))).hexdigest()
     plan = meta | {'vae': None, 'images': len(items), 'names': names, 'shape': list(shape), 'chunk': CHUNK}
-    lock = begin(out, partial, plan, len(items) * math.prod(shape) * np.dtype(dtype).itemsize)
     record = lambda k: partial / f'{k:06d}.json'
-    todo = {k: chunks[k] for k in range(rank, len(chunks), world) if not record(k).exists()}
-    if os.path.lexists(out):
-        return                                                                # rank 0 is finished, without us
-    clock = time.perf_counter()
-    try:
-        make_chunks(partial, todo, read, dtype, shape, workers, encode, batch)
-    except (OSError, BadInput) as error:
+    with working_folder(out, partial, plan, len(items) * math.prod(shape) * np.dtype(dtype).itemsize):
+        todo = {k: chunks[k] for k in range(rank, len(chunks), world) if not record(k).exists()}
+        if os.path.lexists(out):
+            return                                                            # rank 0 is finished, without us
+        clock = time.perf_counter()
+        try:
+            make_chunks(partial, todo, read, dtype, shape, workers, encode, batch)
+        except Exception as error:
+            if rank:
+                (partial / 'failed').write_text(f'rank {rank}: {error}')      # for rank 0, which waits below
+            raise
         if rank:
-            (partial / 'failed').write_text(f'rank {rank}: {error}')          # for rank 0, which waits below
-        raise
-    if rank:
-        return
-    if todo:
-        rate = sum(map(len, todo.values())) / (time.perf_counter() - clock)
-        print(f'{rate:,.1f} images/s with {workers} threads; {world} such ranks')
-    missing = range(len(chunks))
-    while missing := [k for k in missing if not record(k).exists()]:
-        stop_if_failed(partial)
-        time.sleep(0.2)
-    meta = join(partial, len(chunks), dtype, shape, meta, skipped, notes)
-    os.rename(partial / 'made', out)
-    shutil.rmtree(partial)
-    lock.close()
+            return
+        if todo:
+            rate = sum(map(len, todo.values())) / (time.perf_counter() - clock)
+            print(f'{rate:,.1f} images/s with {workers} threads; {world} such ranks')
+        missing = range(len(chunks))
+        while missing := [k for k in missing if not record(k).exists()]:
+            stop_if_failed(partial)
+            time.sleep(0.2)
+        meta = join(partial, len(chunks), dtype, shape, meta, skipped, notes)
+        os.rename(partial / 'made', out)
+        shutil.rmtree(partial)
     report(out, meta, shape)
 
 
@@ -1009,13 +1018,14 @@ def make_folder(source, out, size, workers, vae=None, scale=LATENT_SCALE):
     A class is a folder directly in `source`, even an empty one. Without images in folders there are none.
     """
     check(not vae or size % VAE_FACTOR == 0, f'--size {size} must be a multiple of {VAE_FACTOR} for the VAE')
+    check(vae or scale == LATENT_SCALE, '--scale is for moments, which need --vae')
     files, classes, where = list_files(source, leave_out=(out, f'{out}.partial'))
     names = [name for name in files if name.lower().endswith(SUFFIXES)]
     check(names, f'{source} holds no image: expected {", ".join(SUFFIXES)}, in one sub-folder per class')
     notes, skipped = [], []
     others = collections.Counter(pathlib.Path(name).suffix for name in set(files) - set(names))
     if others:
-        notes = [f'left out, for their names are no images\': {dict(others)}']
+        notes = [f'files left out, by suffix: {dict(others)}']
     classes = classes if any('/' in name for name in names) else []
     if classes:
         skipped = [(name, 'is beside the class folders') for name in names if '/' not in name]
@@ -1024,7 +1034,8 @@ def make_folder(source, out, size, workers, vae=None, scale=LATENT_SCALE):
     items = [(name, label.get(name.split('/')[0], 0)) for name in names]
     for k in sorted(set(label.values()) - {k for _, k in items}):
         notes.append(f'class {k}, {classes[k]}, has no images: it keeps its number')
-    meta = {'kind': 'moments' if vae else 'images', 'classes': len(classes), 'source': f'folder, {size} px'}
+    meta = {'kind': 'moments' if vae else 'images', 'classes': len(classes)}
+    meta['source'] = f'folder, {size} pixels'
     if classes:
         meta['class_names'] = [name.encode(errors='backslashreplace').decode() for name in classes]
 
@@ -1123,16 +1134,17 @@ def make_celeba(source, out, size, crop, attribute, workers):
 
 # ------------------------------------------------------------------------------------------------- import
 
-def open_layout(source):
+def open_layout(source, out):
     """(layout, [(name, label)], has labels, fetch(name, label) -> (row, label, notes)) of others' data."""
     if str(source).endswith('.npz'):                                          # arr_0 (N, H, W, 3), arr_1 (N,)
         with reading(source), np.load(source) as file:
             array = file['arr_0'].transpose(0, 3, 1, 2) if file['arr_0'].dtype == np.uint8 else file['arr_0']
             labels = file['arr_1'] if 'arr_1' in file else np.full(len(array), -1)
+            check(len(labels) == len(array), f'{source} has {len(array)} rows and {len(labels)} labels')
             items = [(str(i), int(labels[i])) for i in range(len(array))]
         return "ADM's .npz", items, labels.max() >= 0, lambda name, label: (array[int(name)], label, [])
 
-    files, _, where = list_files(source)
+    files, _, where = list_files(source, leave_out=(out, f'{out}.partial'))
     features = [name for name in files if '_features/' in name]
     if features:                                                              # (1, C, h, h), labels (1,)
         def fetch(name, _):
@@ -1159,10 +1171,11 @@ def open_layout(source):
 
 def make_import(source, out, scale, workers):
     """Copy what another repository has prepared; see the docstring of this file."""
-    layout, items, labelled, fetch = open_layout(source)
+    layout, items, labelled, fetch = open_layout(source, out)
     check(len(items) > 1, f'{source} holds {len(items)} rows: at least 2 are needed')
-    with reading(source):
-        some = [fetch(*item)[0] for item in items[::-(-len(items) // 16)]]
+    answers = [attempt(fetch, item) for item in items[::-(-len(items) // 16)]]
+    some = [answer[0] for answer in answers if not isinstance(answer, str)]
+    check(some, f'{source}: {items[0][0]} {answers[0]}')
     shape, given = some[0].shape, some[0].dtype
     check(len(shape) == 3 and shape[1] == shape[2] and (given == np.uint8 or shape[0] in (4, 8)),
           f'{source} holds {given} {shape}: expected uint8 (C, H, H), latents (4, h, h), moments (8, h, h)')
@@ -1238,7 +1251,6 @@ def main(argv=None):
     for name, least in (('size', 1), ('workers', 1), ('n', 2), ('seed', 0)):
         check(getattr(args, name, least) >= least, f'--{name} must be at least {least}')
     check(getattr(args, 'scale', None) is None or args.scale > 0, '--scale must be above 0')
-    sys.stdout.reconfigure(errors='backslashreplace')                         # for names that are not UTF-8
     warnings.filterwarnings('ignore', module='PIL')                           # the summary has what matters
     rank, partial = rank_and_world()[0], pathlib.Path(f'{args.out}.partial')
     if os.path.lexists(args.out):

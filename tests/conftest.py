@@ -1,14 +1,19 @@
-"""What every test shares: one thread, the project on the path, a tiny data set, and a tiny configuration."""
+"""What every test shares: one thread, the project on the path, tiny data, a tiny configuration, tiny runs.
+
+    python -m pytest                            the default suite
+    python -m pytest -m slow                    what takes longer
+    python -m pytest tests/test_model.py        one file
+"""
 
 import os
 import pathlib
-import shutil
 import signal
 import sys
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, for children too
-os.environ['OMP_NUM_THREADS'] = '1'  # two OpenMP threads on two busy cores spin against each other
+os.environ['OMP_NUM_THREADS'] = '1'           # two OpenMP threads on two busy cores spin against each other
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -20,81 +25,30 @@ import model  # noqa: E402
 
 torch.set_num_threads(1)
 
-MARKS = {'slow': 'takes minutes', 'soak': 'throws chance at it for minutes', 'gpu': 'needs a GPU'}
 
-
-def pytest_configure(config):
-    for name, why in MARKS.items():
-        config.addinivalue_line('markers', f'{name}: {why}; run with -m {name}')
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.option.markexpr or config.option.keyword:
-        return
-    left_out = [item for item in items if any(item.get_closest_marker(name) for name in MARKS)]
-    items[:] = [item for item in items if item not in left_out]
-    config.hook.pytest_deselected(items=left_out)
-
-
-def pytest_runtest_makereport(item, call):
-    """What a test that passed has written is removed: all of it together would be 20 GB."""
-    if call.when == 'call':
-        item.passed = call.excinfo is None
-    if call.when == 'teardown' and getattr(item, 'passed', False) and 'tmp_path' in item.funcargs:
-        shutil.rmtree(item.funcargs['tmp_path'], ignore_errors=True)
-
-
-RUNS = ('test_train', 'test_survive', 'test_readme')                          # of scripts, not of equations
-
-
-@pytest.fixture(autouse=True, scope='module')
-def few_prototypes(request):
-    """SD-DiT's head has 64 prototypes, not 8192, where whole runs are tested: most of such a network."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ in RUNS:
-            patch.setattr(model, 'PROTOTYPES', 64)
-        yield
-
+# ---------------------------------------------------------------------- a configuration, a network, a batch
 
 def config(method='mcdit', **changes):
-    """A configuration as train.py makes it: T/2 on 3 x 8 x 8 pictures, so N = 16 tokens."""
-    return (
-        model.METHODS[method]['defaults']
-        | {
-            'stage': 'train',
-            'method': method,
-            'model': 'T/2',
-            'data': 'none',
-            'kind': 'images',
-            'count': 100,
-            'resolution': 8,
-            'channels': 3,
-            'classes': 10,
-            'class_names': [str(k) for k in range(10)],
-            'steps': 10,
-            'batch': 8,
-            'lr_decay': 0.0,
-            'seed': 0,
-            'sigma_data': 0.5,
-            'ema_step': 0,
-            'diffusion': 'edm',
-        }
-        | changes
-    )
+    """A Config as train.py makes it: T/2 on 8 images of 3 x 8 x 8, so N = 16 tokens of 12 values."""
+    row = model.METHODS[method]
+    defaults = {'model': 'T/2', 'resolution': 8, 'channels': 3, 'classes': 10, 'count': 100, 'steps': 10,
+                'batch': 8, 'mask_ratio': row.mask_ratio, 'lr': row.lr}
+    return model.Config(method=method, **(defaults | changes))
 
 
 def randomise(module, seed=0, scale=0.1):
-    """Random numbers in every parameter, the zero-initialised ones too; most tests would pass without."""
+    """`module` with noise on every trained parameter; with zero gates half of the tests would be vacuous."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=rng, dtype=parameter.dtype)
+                parameter += scale * torch.randn(parameter.shape, generator=rng)
     return module
 
 
 def build(cfg, dtype=torch.float64, seed=0):
-    """(net, teacher) with random weights; the teacher's differ from the net's."""
+    """(net, teacher or None) with random weights; the teacher's differ from the net's."""
+    torch.manual_seed(seed)
     net = randomise(model.Net(cfg).to(dtype), seed)
     teacher = model.make_teacher(net, cfg)
     if teacher is not None:
@@ -102,37 +56,85 @@ def build(cfg, dtype=torch.float64, seed=0):
     return net, teacher
 
 
-def images(cfg, n=4, dtype=torch.float64, seed=5):
+def batch(cfg, dtype=torch.float64, seed=5):
+    """Clean patches x0 (B, N, P) of standard deviation 0.5, and labels y (B,)."""
     rng = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, cfg['channels'], cfg['resolution'], cfg['resolution'], generator=rng, dtype=dtype) / 2
-    return x, torch.randint(cfg['classes'], (n,), generator=rng) if cfg['classes'] else torch.zeros(
-        n, dtype=torch.long
-    )
+    x0 = torch.randn(cfg.batch, cfg.N, cfg.patch ** 2 * cfg.channels, generator=rng, dtype=dtype) / 2
+    return x0, torch.randint(max(cfg.classes, 1), (cfg.batch,), generator=rng)
 
 
-def draws(cfg, n=4, step=3, dtype=torch.float64):
-    made = model.draw(cfg, step, n)
-    made['drop'][0] = True  # at least one label is dropped
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in made.items()}
+def numbers(cfg, step=3, dtype=torch.float64):
+    """The random numbers of a step, in `dtype`; the first label is dropped, the second kept."""
+    r = {name: value.to(dtype) if value.is_floating_point() else value
+         for name, value in model.random_numbers(cfg, step).items()}
+    r['drop'][:2] = torch.tensor([True, False])
+    return r
 
+
+def same(a, b):
+    """Whether two checkpoints, or parts of them, hold the same bits."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+class Payload:
+    """Makes the file `canary` where it is unpickled: the code in a harmful checkpoint."""
+
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return open, (self.canary, 'w')
+
+
+# ----------------------------------------------------------------------------------------- data and runs
 
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory):
-    """A folder of 200 drawn shapes, 8 x 8."""
-    folder = tmp_path_factory.mktemp('data') / 'small'
+    """A data folder of 200 drawn shapes, 3 x 8 x 8."""
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
     data.make_shapes(folder, size=8, count=200)
     return folder
 
 
 @pytest.fixture(scope='session')
 def moments(tmp_path_factory):
-    """A folder of 60 random latent moments, 4 x 8 x 8, of 3 classes."""
-    import numpy as np
-
+    """A data folder of 60 random latent moments, 4 x 8 x 8, of 3 classes."""
     folder = tmp_path_factory.mktemp('data') / 'moments'
     rng = np.random.default_rng(0)
     rows = ((rng.standard_normal((8, 8, 8)) * 3, int(rng.integers(3))) for _ in range(60))
-    data.save_folder(
-        folder, rows, 'float16', (8, 8, 8), {'kind': 'moments', 'classes': 3, 'scale': 0.18215}
-    )
+    data.save_folder(folder, rows, 'float16', (8, 8, 8), {'kind': 'moments', 'classes': 3, 'scale': 0.18215})
     return folder
+
+
+FULL_HEAD = ('test_model', 'test_published', 'test_cost')                    # of equations, not of whole runs
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_prototypes(request):
+    """SD-DiT's head has 64 prototypes where whole runs are tested: 8192 are most of a tiny network."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in FULL_HEAD:
+            patch.setattr(model, 'PROTOTYPES', 64)
+        yield
+
+
+@pytest.fixture(scope='session')
+def trained(shapes, tmp_path_factory):
+    """trained(method, *flags) -> the folder of a run of 4 steps, made once; copy it before changing it."""
+    import train
+    runs = {}
+
+    def run(method, *flags):
+        if (method, *flags) not in runs:
+            out = tmp_path_factory.mktemp(method) / 'out'
+            train.main(['--method', method, '--model', 'T/2', '--data', str(shapes), '--out', str(out),
+                        '--steps', '4', '--batch', '8', *flags])
+            runs[method, *flags] = out
+        return runs[method, *flags]
+    return run
