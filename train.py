@@ -296,7 +296,8 @@ def evaluate(net, cfg, dataset, batch, rank, world, precision):
     levels, shape = len(EVAL_SIGMAS), (cfg.channels, cfg.resolution, cfg.resolution)
     sums = torch.zeros(levels, 4, dtype=torch.float64, device=device)         # loss; output, encoder, patches
     mine = np.arange(dataset.held_out)[rank::world]
-    for rows in np.split(mine, range(batch, len(mine), batch)):
+    for at in range(0, len(mine), batch):                                     # none on a rank without images
+        rows = mine[at:at + batch]
         raw, y = dataset.rows(dataset.trained + rows)
         rngs = [model.generator('cpu', cfg.seed, 'held-out', int(i)) for i in rows]
         noise, latent = (torch.stack([torch.randn(size, generator=rng) for rng in rngs]).to(device)
