@@ -48,7 +48,6 @@ def randomise(module, seed=0, scale=0.1):
 
 def build(cfg, dtype=torch.float64, seed=0):
     """(net, teacher or None) with random weights; the teacher's differ from the net's."""
-    torch.manual_seed(seed)
     net = randomise(model.Net(cfg).to(dtype), seed)
     teacher = model.make_teacher(net, cfg)
     if teacher is not None:
@@ -80,16 +79,6 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
-
-
-class Payload:
-    """Makes the file `canary` where it is unpickled: the code in a harmful checkpoint."""
-
-    def __init__(self, canary):
-        self.canary = str(canary)
-
-    def __reduce__(self):
-        return open, (self.canary, 'w')
 
 
 # ----------------------------------------------------------------------------------------- data and runs
