@@ -48,6 +48,7 @@ def randomise(module, seed=0, scale=0.1):
 
 def build(cfg, dtype=torch.float64, seed=0):
     """(net, teacher or None) with random weights; the teacher's differ from the net's."""
+    torch.manual_seed(seed)
     net = randomise(model.Net(cfg).to(dtype), seed)
     teacher = model.make_teacher(net, cfg)
     if teacher is not None:

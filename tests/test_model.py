@@ -1,85 +1,356 @@
-"""model.py against METHOD's equations, written a second time in the plainest way."""
+"""model.py against the papers' equations, written a second time: loops over images, one vector per token.
 
+The first part is that second version: the network, the EMA networks, the five losses. None of it calls
+model.py; the networks it is given have random numbers in all their weights.
+"""
+
+import dataclasses
 import math
+import re
 
+import plain
 import pytest
 import torch
-from conftest import build, config, draws, images, randomise
+from conftest import batch, build, config, numbers, randomise, same
 
 import model
 
 METHODS = list(model.METHODS)
+LAMBDAS = {'clean': 1, 'noise': 0.1, 'con1': 0.1, 'con2': 0.05}              # MC-DiT eq. 12
 
 
-def run_loss(method='mcdit', n=4, **changes):
-    cfg = config(method, **changes)
+def close(a, b, tolerance=1e-9):
+    return a.shape == b.shape and (a - b).abs().max() <= tolerance * (1 + b.abs().max())
+
+
+# ------------------------------------------------------------------------------ the network, a second time
+
+def layers(module):
+    """What plain.py asks for: the weight and bias of a layer by its name."""
+    return lambda name: (getattr(module, name).weight, getattr(module, name).bias)
+
+
+def plain_blocks(blocks, tokens, c, slots, g):
+    for block in blocks:
+        bias = None if block.bias is None else plain.offset_bias(block.bias, slots, g)
+        tokens = plain.block(layers(block), tokens, c, block.heads, bias)
+    return tokens
+
+
+def plain_embed(embedding, patches, slots):
+    """The tokens of the patches at `slots`: linear layer, plus each slot's own position."""
+    return torch.stack([plain.linear((embedding.linear.weight, embedding.linear.bias), patches[s])
+                        + embedding.pos[0, s] for s in slots])
+
+
+def plain_condition(encoder, c_noise, y):
+    hidden = plain.silu(plain.linear(layers(encoder.t_embed)('fc1'), plain.waves(c_noise)))
+    c = plain.linear(layers(encoder.t_embed)('fc2'), hidden)
+    return c if encoder.y_embed is None else c + encoder.y_embed.weight[y]
+
+
+def plain_encode(encoder, patches, c, slots, g):
+    """(tokens at `slots`, [CLS] or None)."""
+    tokens = plain_embed(encoder.embed, patches, slots)
+    if encoder.cls is None:
+        return plain_blocks(encoder.blocks, tokens, c, slots, g), None
+    tokens = plain_blocks(encoder.blocks, torch.cat([encoder.cls[0], tokens]), c, slots, g)
+    return tokens[1:], tokens[:1]
+
+
+def plain_decode(decoder, tokens, c, g, masked, gains=(1, 1)):
+    """`tokens` {position: vector}, all of width d. The one way into the decoder: bridge, mask token where
+    a position has no vector, positions, side block for the masked ones, blocks, final layer."""
+    if decoder.bridge is not None:
+        tokens = {s: plain.modulated_linear(layers(decoder.bridge), v, c) * gains[s in masked]
+                  for s, v in tokens.items()}
+    everything = range(g * g)
+    x = torch.stack([tokens[s] if s in tokens else decoder.mask_token[0, 0] for s in everything])
+    if decoder.pos is not None:
+        x = x + decoder.pos[0]
+    if decoder.side_block is not None and masked:
+        made = plain_blocks([decoder.side_block], x, c, everything, g)
+        x = torch.stack([made[s] if s in masked else x[s] for s in everything])
+    x = plain_blocks(decoder.blocks, x, c, everything, g)
+    return plain.modulated_linear(layers(decoder.final), x, c)
+
+
+def plain_net(net, x, c_noise, y, visible=None, fill=None, gains=(1, 1)):
+    """F (N, P), c (d,) and the encoder's tokens, [CLS] first, of one image: patches x (N, P), the positions
+    `visible`, and `fill` (N, P), the patches that sddit and mcdit put at the others."""
+    N, g = len(x), math.isqrt(len(x))
+    c = plain_condition(net.encoder, c_noise, y)
+    seen = list(range(N)) if visible is None else visible
+    masked = [s for s in range(N) if s not in seen]
+    encoded, cls = plain_encode(net.encoder, x, c, seen, g)
+    tokens = dict(zip(seen, encoded))
+    if fill is not None:
+        tokens |= dict(zip(masked, plain_embed(net.encoder.embed, fill, masked))) if masked else {}
+    F = plain_decode(net.decoder, tokens, c, g, masked, gains)
+    return F, c, encoded if cls is None else torch.cat([cls, encoded])
+
+
+def plain_branch(teacher, x, c, c_noise, y, whole):
+    """F_ema (N, P) of MC-DiT's EMA network: the patch embedding with positions, then the decoder, with the
+    student's c; no encoder. `whole` (Table 12): an entire network, with its own c."""
+    if whole:
+        return plain_net(teacher, x, c_noise, y)[0]
+    tokens = plain_embed(teacher.encoder, x, range(len(x)))
+    return plain_decode(teacher.decoder, dict(enumerate(tokens)), c, math.isqrt(len(x)), [])
+
+
+def plain_head(head, tokens):
+    """SD-DiT: LayerNorm, Linear-GELU-Linear-GELU-Linear, L2-normalise, cosines with the prototypes."""
+    gelu = lambda v: 0.5 * v * (1 + torch.erf(v / math.sqrt(2)))
+    v = gelu(plain.linear(layers(head)('fc1'), plain.norm(tokens)))
+    v = plain.linear(layers(head)('fc3'), gelu(plain.linear(layers(head)('fc2'), v)))
+    unit = lambda w: w / (w ** 2).sum(-1, keepdim=True).sqrt()
+    return unit(v) @ unit(head.prototypes).T
+
+
+# ---------------------------------------------------------------------------- the five losses, a second time
+
+def plain_loss(cfg, net, teacher, x0_batch, y, r):
+    """{name: value} as METHOD writes the losses: one image after the other, one token after the other."""
+    terms, sd, N = {}, cfg.sigma_data, cfg.N
+
+    def add(name, value):
+        terms[name] = terms.get(name, 0) + value / len(x0_batch)
+
+    for b, x0 in enumerate(x0_batch):                                         # x0 (N, P)
+        s = r['sigma'][b]
+        c_skip, c_in = sd ** 2 / (s ** 2 + sd ** 2), 1 / (s ** 2 + sd ** 2).sqrt()
+        c_out, c_noise = s * sd / (s ** 2 + sd ** 2).sqrt(), s.log() / 4
+        w = 1 / c_out ** 2
+        label = cfg.classes if r['drop'][b] else y[b]
+        xt = x0 + s * r['noise'][b]
+        visible = r['visible'][b].tolist()
+        masked = [k for k in range(N) if k not in visible]
+        mean = lambda e, tokens: sum(e[k].mean() for k in tokens) / len(tokens)
+
+        if cfg.method == 'dit':
+            F, *_ = plain_net(net, c_in * xt, c_noise, label)
+            add('denoise', (w * (c_skip * xt + c_out * F - x0) ** 2).mean())
+
+        if cfg.method == 'maskdit':
+            F, *_ = plain_net(net, c_in * xt, c_noise, label, visible)
+            D = c_skip * xt + c_out * F
+            add('denoise', mean(w * (D - x0) ** 2, visible))
+            target = torch.stack([(patch - patch.mean()) / (patch.var(correction=1) + 1e-6).sqrt()
+                                  for patch in xt])
+            add('reconstruct', mean((D - target) ** 2, masked))
+
+        if cfg.method == 'mdt':
+            for name, again, seen in (('full', '', None), ('masked', '2', visible)):
+                xt = x0 + s * r['noise' + again][b]
+                label = cfg.classes if r['drop' + again][b] else y[b]
+                F, *_ = plain_net(net, c_in * xt, c_noise, label, seen)
+                add(name, (w * (c_skip * xt + c_out * F - x0) ** 2).mean())
+
+        if cfg.method == 'sddit':
+            F, _, tokens = plain_net(net, c_in * xt, c_noise, label, visible, c_in * xt)
+            add('generate', (w * (c_skip * xt + c_out * F - x0) ** 2).mean())
+            student = plain_head(net.head, tokens)                            # (1 + K, prototypes)
+            clear = (x0 + 0.002 * r['noise2'][b]) / math.sqrt(0.002 ** 2 + sd ** 2)
+            c_noise = torch.tensor(math.log(0.002) / 4, dtype=torch.float64)
+            c = plain_condition(teacher.encoder, c_noise, label)
+            tokens, cls = plain_encode(teacher.encoder, clear, c, range(N), cfg.grid)
+            says = plain_head(teacher.head, torch.cat([cls, tokens]))         # (1 + N, prototypes)
+            temperature = 0.04 + 0.03 * min(1, r['progress'][b].item() / 0.1)
+            pairs = [(0, 0, 0)] + [(1 + i, 1 + k, 1) for i, k in enumerate(visible)]
+            for mine, its, kind in pairs:                                     # kind 0: [CLS], 1: a patch
+                P = ((says[its] - teacher.centers[kind]) / temperature).softmax(0)
+                cross, entropy = -(P * (student[mine] / 0.1).log_softmax(0)).sum(), -(P * P.log()).sum()
+                share = 1 / len(visible) if kind else 1
+                add('discriminate', share * cross)
+                if kind:
+                    add('teacher_entropy', share * entropy)
+                    add('kl', share * (cross - entropy))
+
+        if cfg.method == 'mcdit':
+            x_in = torch.stack([xt[k] if k in visible else x0[k] for k in range(N)])
+            gains = {'both': (1, 1), 'noisy': (1, 0), 'clean': (0, 1)}[cfg.tokens]
+            F, c, _ = plain_net(net, c_in * xt, c_noise, label, visible, x0 / sd, gains)
+            D = c_skip * x_in + c_out * F
+            add('clean', mean(w * (D - x0) ** 2, visible))                    # eq. 8
+            add('all_clean', (w * (D - x0) ** 2).mean())
+            add('noise', mean((D - xt) ** 2, masked))                         # eq. 9
+            add('noise_above_floor', mean((D - xt) ** 2, masked) - mean((xt - x0) ** 2, masked))
+            for name, seen, skip in (('con1', c_in * xt, xt), ('con2', x0 / sd, x0)):        # eq. 10, eq. 11
+                if teacher is not None:
+                    F_ema = plain_branch(teacher, seen, c, c_noise, label, cfg.teacher_encoder)
+                    add(name, mean(w * (D - (c_skip * skip + c_out * F_ema)) ** 2, visible))
+                    if name == 'con1':                                        # weighted, it is plain in F
+                        assert close(mean(w * (D - c_skip * skip - c_out * F_ema) ** 2, visible),
+                                     mean((F - F_ema) ** 2, visible))
+    return terms
+
+
+LOSSES = [                                    # method, changes of the configuration, weights of the terms
+    ('mcdit', {}, LAMBDAS),
+    ('mcdit', {'mask_ratio': 0.25, 'sigma_data': 0.8}, LAMBDAS),
+    ('mcdit', {'lambda_noise': 0.0}, LAMBDAS | {'noise': None}),
+    ('mcdit', {'lambda_con1': 0.0}, LAMBDAS | {'con1': None}),
+    ('mcdit', {'lambda_con2': 0.0}, LAMBDAS | {'con2': None}),
+    ('mcdit', {'lambda_con1': 0.0, 'lambda_con2': 0.0}, LAMBDAS | {'con1': None, 'con2': None}),
+    ('mcdit', {'lambda_noise': 0.3, 'lambda_con1': 0.7, 'lambda_con2': 0.9},
+     {'clean': 1, 'noise': 0.3, 'con1': 0.7, 'con2': 0.9}),
+    ('mcdit', {'all_clean': True}, LAMBDAS | {'clean': 0, 'all_clean': 1, 'noise': None}),
+    ('mcdit', {'tokens': 'noisy'}, LAMBDAS),
+    ('mcdit', {'tokens': 'clean'}, LAMBDAS),
+    ('mcdit', {'teacher_encoder': True}, LAMBDAS),
+    ('dit', {}, {'denoise': 1}),
+    ('dit', {'classes': 0}, {'denoise': 1}),
+    ('maskdit', {}, {'denoise': 1, 'reconstruct': 0.1}),
+    ('mdt', {}, {'full': 1, 'masked': 1}),
+    ('sddit', {'steps': 100}, {'generate': 1, 'discriminate': 1, 'teacher_entropy': 0, 'kl': 0}),
+]
+
+
+@pytest.mark.parametrize('method, changes, weights', LOSSES)
+@torch.no_grad()
+def test_loss(method, changes, weights):
+    """Every term and its weight. sddit is at step 3 of 100: the teacher's temperature still rises."""
+    cfg = config(method, batch=3, **changes)
     net, teacher = build(cfg)
-    x, y = images(cfg, n)
-    return model.METHODS[method]['loss'](net, teacher, x, y, draws(cfg, n), cfg)
+    if method == 'sddit':
+        teacher.centers.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.1)
+    x0, y = batch(cfg)
+    r = numbers(cfg)
+    terms = model.loss_of_step(cfg, 3)(net, teacher, x0, y, r, cfg)
+    weights = {name: weight for name, weight in weights.items() if weight is not None}
+    if weights.get('noise'):
+        weights['noise_above_floor'] = 0
+    assert {name: weight for name, (weight, _) in terms.items()} == weights
+    expected = plain_loss(cfg, net, teacher, x0, y, r)
+    for name, (_, value) in terms.items():
+        assert value.item() == pytest.approx(expected[name].item(), rel=1e-9), name
 
 
-# ------------------------------------------------------------------------------------------------ counting
+# ------------------------------------------------------------------------------------- the network's promises
+
+@pytest.mark.parametrize('method', METHODS)
+@torch.no_grad()
+def test_inference_is_the_plain_network(method):
+    """Nothing masked, nothing filled; images in, images out, through EDM's preconditioning."""
+    cfg = config(method, batch=2)
+    net, _ = build(cfg)
+    x, y = batch(cfg)
+    images, sigma = model.unpatchify(x, 2, 3), torch.tensor([0.3, 20.0], dtype=torch.float64)
+    D = model.patchify(model.denoise_images(net, images, sigma, y, cfg), 2)
+    for b, s in enumerate(sigma):
+        F, *_ = plain_net(net, x[b] / (s ** 2 + 0.25).sqrt(), s.log() / 4, y[b])
+        assert close(D[b], 0.25 / (s ** 2 + 0.25) * x[b] + 0.5 * s / (s ** 2 + 0.25).sqrt() * F)
+
+
+@torch.no_grad()
+def test_denoising_images_with_a_clean_context():
+    """What inpainting and the mutual information call: `denoise`, with images for patches."""
+    cfg = config(batch=2)
+    net, _ = build(cfg)
+    x, y = batch(cfg)
+    clean, r = x.flip(0), numbers(cfg)
+    image = lambda patches: model.unpatchify(patches, 2, 3)
+    D = model.denoise_images(net, image(x), r['sigma'], y, cfg, r['visible'], image(clean))
+    assert torch.equal(D, image(model.denoise(net, x, r['sigma'], y, cfg, r['visible'], clean)[0]))
+
+
+@pytest.mark.parametrize('method', METHODS[1:])
+@torch.no_grad()
+def test_all_tokens_visible_in_any_order_is_the_unmasked_path(method):
+    cfg = config(method, mask_ratio=0.0)
+    net, _ = build(cfg)
+    x, y = batch(cfg)
+    r = numbers(cfg)
+    whole, masked = (net(x, r['sigma'], y, visible, x)[0] for visible in (None, r['visible']))
+    assert whole.abs().max() > 0.1 and close(whole, masked, 1e-12)
+
+
+@pytest.mark.parametrize('method, sees', [('maskdit', 0), ('mdt', 0), ('sddit', 1), ('mcdit', 1)])
+@torch.no_grad()
+def test_masked_patches_matter_only_where_they_fill(method, sees):
+    """The encoder never sees them; the decoder of sddit and mcdit does."""
+    cfg = config(method, mask_ratio=0.5)
+    net, _ = build(cfg)
+    x, y = batch(cfg)
+    r = numbers(cfg)
+    other = model.put(x, r['masked'], torch.randn(8, 8, 12, dtype=torch.float64))
+    c = net.encoder.condition(r['sigma'], y)
+    assert torch.equal(net.encoder(x, c, r['visible']), net.encoder(other, c, r['visible']))
+    F = [model.take(net(v, r['sigma'], y, r['visible'], v)[0], r['visible']) for v in (x, other)]
+    assert ((F[0] - F[1]).abs().max() > 1e-4) == sees
+
+
+def test_only_what_the_method_uses_is_built():
+    parts = lambda cfg: {'.'.join(name.split('.')[:2]) for name, _ in model.Net(cfg).named_parameters()}
+    names = {method: parts(config(method)) for method in METHODS}
+    narrow = {'decoder.bridge', 'decoder.pos', 'decoder.blocks'}
+    assert names['dit'] == {'encoder.t_embed', 'encoder.y_embed', 'encoder.embed', 'encoder.blocks',
+                            'decoder.final'}
+    assert names['maskdit'] - names['dit'] == narrow | {'decoder.mask_token'}
+    assert names['mdt'] - names['dit'] == {'decoder.pos', 'decoder.blocks', 'decoder.mask_token',
+                                           'decoder.side_block'}
+    assert names['mcdit'] - names['dit'] == narrow
+    assert names['sddit'] - names['mcdit'] == {'encoder.cls', 'head.fc1', 'head.fc2', 'head.fc3',
+                                               'head.prototypes'}
+    assert names['dit'] - parts(config('dit', classes=0)) == {'encoder.y_embed'}
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_tuning_keeps_every_parameter_but_those_of_masked_positions(method):
+    """METHOD: the dit loss with nothing masked; every remaining parameter gets a gradient."""
+    cfg = config(method, stage='tune', mask_ratio=0.0)
+    before, (net, teacher) = model.Net(config(method)).state_dict(), build(cfg)
+    assert teacher is None
+    assert net.state_dict().keys() == {n for n in before if not n.startswith(model.TRAINING_ONLY)}
+    loss = model.loss_of_step(cfg, 3)
+    assert loss is model.dit_loss
+    loss(net, None, *batch(cfg), numbers(cfg), cfg)['denoise'][1].backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters() if p.requires_grad)
+
+
+def official(method, size, **changes):
+    return config(method, model=f'{size}/2', resolution=32, channels=4, classes=1000, **changes)
 
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize(
-    'method, size, parameters',
-    [
-        ('dit', 'S', 32_957_200),
-        ('dit', 'B', 130_500_112),
-        ('dit', 'L', 458_086_416),
-        ('dit', 'XL', 675_111_184),
-        ('maskdit', 'XL', 730_542_352),
-        ('mcdit', 'XL', 730_550_544),
-        ('mdt', 'S', 35_790_814),
-        ('mdt', 'B', 141_475_756),
-        ('mdt', 'XL', 699_758_304),
-    ],
-)
-def test_parameter_counts(method, size, parameters):
-    cfg = config(method, model=f'{size}/2', resolution=32, channels=4, classes=1000)
+def count_tables(module):
+    return sum(p.numel() for name, p in module.named_parameters() if name.endswith('pos'))
+
+
+@pytest.mark.parametrize('method, size, changes, parameters', [
+    ('dit', 'S', {}, 32_957_200),
+    ('dit', 'B', {}, 130_500_112),
+    ('dit', 'L', {}, 458_086_416),
+    ('dit', 'XL', {}, 675_111_184),
+    ('dit', 'S', {'diffusion': 'ddpm'}, 32_963_360),                          # as published: a variance too
+    ('dit', 'XL', {'diffusion': 'ddpm'}, 675_129_632),
+    ('maskdit', 'XL', {}, 730_541_200 + 1_152),                               # and a learned null label
+    ('mcdit', 'XL', {}, 730_541_840),
+    ('mdt', 'S', {}, 35_790_814),
+    ('mdt', 'B', {}, 141_475_756),
+    ('mdt', 'XL', {}, 699_758_304),
+])
+def test_parameter_counts(method, size, changes, parameters):
     with torch.device('meta'):
-        net = model.Net(cfg)
+        assert count(model.Net(official(method, size, **changes))) == parameters
+
+
+def test_parameter_counts_of_the_ema_networks():
+    """MC-DiT: the paper's 786 M have room for one decoder, not two; fixed position tables, copied with it, are
+    not counted. SD-DiT's head is DINO's without the 8192 gains, which are fixed at 1."""
+    with torch.device('meta'):
+        net, cfg = model.Net(official('mcdit', 'XL')), official('mcdit', 'XL')
         teacher = model.make_teacher(net, cfg)
-    assert count(net) == parameters
-    if teacher is not None:
-        assert count(teacher) == 54_736_400
-        assert count(net) + count(teacher) == 785_286_944  # the paper: 786 M
-
-
-def test_official_dit_has_eight_output_channels():
-    """DiT-XL/2 of the paper predicts a variance as well: 16 more rows in the final layer."""
-    with torch.device('meta'):
-        net = model.Net(config('dit', model='XL/2', resolution=32, channels=4, classes=1000))
-    assert count(net) + 16 * (1152 + 1) == 675_129_632
-
-
-@pytest.mark.parametrize('patch', [2, 4, 8])
-@pytest.mark.parametrize('size', model.SIZES)
-def test_every_size_and_patch_builds(size, patch):
-    with torch.device('meta'):
-        cfg = config(model=f'{size}/{patch}', resolution=16)
-        net = model.Net(cfg)
-        F, *_ = net(torch.zeros(1, 3, 16, 16), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    assert F.shape == (1, 3, 16, 16)
-
-
-@pytest.mark.parametrize('name', ['XL', 'XL/3', 'M/2', 'XL/', '/2', 'XL/2/2'])
-def test_unknown_size_is_refused(name):
-    with pytest.raises(model.BadInput, match='--model'):
-        model.parse_size(name)
-
-
-def test_patch_must_divide():
-    with pytest.raises(model.BadInput, match='do not divide'):
-        model.Net(config(model='T/8', resolution=12))
+        assert count(teacher) - count_tables(teacher) == 57_994_128
+        assert count(net) + count(teacher) - count_tables(teacher) == 788_535_968
+        assert [count(model.Head(d)) + 8192 for d in (384, 768, 1152)] == [7_614_720, 8_401_152, 9_187_584]
 
 
 # ------------------------------------------------------------------------------------- patches and positions
-
 
 def test_a_patch_is_read_by_row_column_channel():
     x = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
@@ -87,53 +358,56 @@ def test_a_patch_is_read_by_row_column_channel():
     for b in range(2):
         for row in range(2):
             for column in range(2):
-                values = [
-                    x[b, c, 2 * row + i, 2 * column + j] for i in range(2) for j in range(2) for c in range(3)
-                ]
+                values = [x[b, c, 2 * row + i, 2 * column + j]
+                          for i in range(2) for j in range(2) for c in range(3)]
                 assert patches[b, 2 * row + column].tolist() == values
     assert torch.equal(model.unpatchify(patches, 2, 3), x)
 
 
 def test_position_table():
-    table = model.position_table(4, 8)[0]
+    """The column's half first, then the row's; sines before cosines."""
+    table = model.sincos_positions(4, 8)[0]
+    half = lambda v: [f(v / 10000 ** (k / 2)) for f in (math.sin, math.cos) for k in range(2)]
     for row in range(4):
         for column in range(4):
-            half = lambda v: [f(v / 10000 ** (k / 2)) for f in (math.sin, math.cos) for k in range(2)]
             assert table[4 * row + column].tolist() == pytest.approx(half(column) + half(row), abs=1e-6)
 
 
-@pytest.mark.parametrize('N, ratio, K', [(256, 0.3, 179), (256, 0.2, 204), (256, 0.5, 128), (10, 0.9, 1)])
-def test_visible_count(N, ratio, K):
-    assert model.visible_count(N, ratio) == K
+def test_relative_positions():
+    """MDT: the row of the bias table for query minus key; a pair and its reverse add up to the last row."""
+    small, index = model.relative_positions(2, 'cpu'), model.relative_positions(16, 'cpu')
+    assert small.tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+    assert (index + index.T == 960).all() and (index.diagonal() == 480).all()
+    assert index[0, 1] == 479 and index[0, 16] == 449 and index[0, 255] == 0 and len(index.unique()) == 961
 
 
-def test_nothing_visible_is_refused():
-    with pytest.raises(model.BadInput, match='none of the 4 tokens'):
-        model.visible_count(4, 0.9)
+@torch.no_grad()
+def test_masked_shortcut():
+    """MDT: visible tokens keep the encoder's output plus the second position table, to the bit, around the
+    side block; masked ones do not keep the mask token."""
+    cfg = config('mdt')
+    net, _ = build(cfg)
+    r, c = numbers(cfg), torch.randn(8, 160, dtype=torch.float64)
+    tokens, seen = torch.randn(8, cfg.K, 160, dtype=torch.float64), []
+    net.decoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    net.decoder(tokens, c, r['visible'])
+    pos = net.decoder.pos.expand(8, -1, -1)
+    assert torch.equal(model.take(seen[0], r['visible']), tokens + model.take(pos, r['visible']))
+    assert (model.take(seen[0] - net.decoder.mask_token - pos, r['masked'])).abs().amin(-1).min() > 0
 
 
-def test_noise_embedding_has_cosines_first_and_no_factor_1000():
-    embed = model.NoiseEmbedding(256).double()
-    embed.fc1.weight.data = torch.eye(256, dtype=torch.float64)
-    embed.fc1.bias.data.fill_(10.0)  # far right of SiLU's bend
-    embed.fc2.weight.data = torch.eye(256, dtype=torch.float64)
-    embed.fc2.bias.data.zero_()
-    wave = embed(torch.tensor([0.7], dtype=torch.float64))[0] - 10
-    k = torch.arange(128)
-    angle = 0.7 * 10000.0 ** (-k / 128)
-    assert torch.allclose(wave, torch.cat([angle.cos(), angle.sin()]).double(), atol=2e-3)
+# ---------------------------------------------------------------------------------- EDM, and DDPM's schedule
 
-
-# ---------------------------------------------------------------------------------------------------- EDM
-
-
-def test_lambda_times_c_out_squared_is_one():
-    sigma = torch.logspace(-3, 2, 50, dtype=torch.float64)
-    _, c_out, _, c_noise = model.precondition(sigma, 0.5)
-    assert torch.allclose(
-        model.loss_weight(sigma, 0.5) * c_out**2, torch.ones(50, 1, 1, 1, dtype=torch.float64), rtol=1e-12
-    )
-    assert torch.allclose(c_noise, sigma.log() / 4)
+def test_preconditioning():
+    """EDM Table 1: numbers at sigma = 0.5 and 80; lambda c_out^2 = 1."""
+    sigma = torch.tensor([0.5, 80.0], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = model.precondition(sigma, 0.5)
+    assert [c.shape for c in (c_skip, c_out, c_in, c_noise)] == [(2, 1, 1)] * 3 + [(2,)]
+    assert [c.flatten()[0].item() for c in (c_skip, c_out, c_in, c_noise)] == pytest.approx(
+        [0.5, 0.35355339, 1.41421356, -0.17328680])
+    assert c_out[1].item() == pytest.approx(0.49999023)
+    assert model.loss_weight(sigma, 0.5)[0].item() == pytest.approx(8)
+    assert close(model.loss_weight(sigma, 0.5) * c_out ** 2, torch.ones(2, 1, 1).double())
 
 
 @pytest.mark.parametrize('sd', [0.5, 1.0])
@@ -141,804 +415,403 @@ def test_preconditioning_keeps_unit_variance(sd):
     """EDM's reasons: the network's input and its target have variance 1 for data of variance sd^2."""
     sigma = torch.logspace(-2, 2, 9, dtype=torch.float64)
     c_skip, c_out, c_in, _ = (c.flatten() for c in model.precondition(sigma, sd))
-    assert torch.allclose(c_in**2 * (sd**2 + sigma**2), torch.ones(9, dtype=torch.float64))
-    target = ((1 - c_skip) ** 2 * sd**2 + c_skip**2 * sigma**2) / c_out**2
-    assert torch.allclose(target, torch.ones(9, dtype=torch.float64))
+    assert close(c_in ** 2 * (sd ** 2 + sigma ** 2), torch.ones(9).double())
+    target = ((1 - c_skip) ** 2 * sd ** 2 + c_skip ** 2 * sigma ** 2) / c_out ** 2
+    assert close(target, torch.ones(9).double())
+
+
+def test_ddpm_schedule():
+    """Linear betas 1e-4 to 0.02; t is linear in ln sigma between the steps and ends at 0 and 999."""
+    sigmas = model.ddpm_sigmas()
+    assert sigmas[999].item() == pytest.approx(157.407, abs=5e-4)
+    assert sigmas[0].item() == pytest.approx(0.0100005, abs=5e-8)
+    assert close(model.ddpm_time(sigmas), torch.arange(1000.0).double())
+    assert model.ddpm_time((sigmas[10] * sigmas[11]).sqrt()[None]).item() == pytest.approx(10.5)
+    assert model.ddpm_time(torch.tensor([1e-9, 1e9])).tolist() == [0, 999]
+    assert model.sigma_range(config()) == (0.002, 80)
+    assert model.sigma_range(config(diffusion='ddpm')) == (sigmas[0], sigmas[999])
+
+
+# ---------------------------------------------------------------------------------------- initialisation
+
+XAVIER = None
+INITIAL = [                                   # the end of a name, its standard deviation; the first that fits
+    (r'modulation\.(weight|bias)', 0), (r'decoder\.final\.linear\.(weight|bias)', 0),
+    (r'decoder\.bridge\.linear\.(weight|bias)', 0),
+    (r't_embed\.fc[12]\.weight', 0.02), (r'y_embed\.weight', 0.02), (r'mask_token', 0.02),
+    (r'encoder\.cls', 0.02), (r'prototypes', 0.02), (r'(blocks\.\d+|side_block)\.bias', 0.02),
+    (r'(qkv|proj|fc1|fc2|fc3|linear)\.weight', XAVIER), (r'\.bias', 0),
+]
+
+
+@pytest.mark.parametrize('method, bridge', [*((method, 'zero') for method in METHODS), ('mcdit', 'xavier')])
+def test_initialisation(method, bridge):
+    """DiT's and MaskDiT's: the mean and standard deviation of every tensor, within 4.5 standard errors."""
+    torch.manual_seed(0)
+    for name, p in model.Net(config(method, bridge=bridge, classes=100)).named_parameters():
+        if name.endswith('pos'):
+            continue
+        std = next(std for ending, std in INITIAL if re.search(ending + '$', name))
+        if name == 'decoder.bridge.linear.weight' and bridge == 'xavier':
+            std = XAVIER
+        if std is XAVIER:
+            out, into = p.shape
+            assert p.abs().max() <= math.sqrt(6 / (into + out)), name         # uniform
+            std = math.sqrt(2 / (into + out))
+        assert abs(p.std(correction=0).item() - std) <= 4.5 * std / math.sqrt(2 * p.numel()), name
+        assert abs(p.mean().item()) <= 4.5 * std / math.sqrt(p.numel()), name
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_initially_D_is_the_skip(method):
+def test_at_first_D_is_the_skip_and_the_denoising_losses_reach_the_last_layer_alone(method):
+    """F = 0 exactly, whatever the input; as in MaskDiT's program, the zero weights in front wait a step."""
     cfg = config(method)
     net = model.Net(cfg)
-    x, y = images(cfg, dtype=torch.float32)
-    sigma = torch.tensor([0.01, 0.3, 1.0, 50.0])
-    c_skip = model.precondition(sigma, 0.5)[0]
-    assert torch.equal(model.denoise(net, x, sigma, y, cfg), c_skip * x)
-    if method == 'mcdit':
-        made = draws(cfg, dtype=torch.float32)
-        D, xt, (visible, _) = model.mcdit_student(net, x, y, made, cfg, (1.0, 1.0))
-        x_in = x.clone()
-        mask = torch.ones(4, 16).scatter(1, visible, 0.0)  # 1 = masked
-        picture_mask = mask.reshape(4, 1, 4, 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
-        x_in = xt * (1 - picture_mask) + x * picture_mask
-        assert torch.allclose(D, model.precondition(made['sigma'], 0.5)[0] * x_in)
+    x0, y = batch(cfg, torch.float32)
+    r = numbers(cfg, dtype=torch.float32)
+    xt, y = model.corrupt(x0, y, r, cfg)
+    c_skip = model.precondition(r['sigma'], 0.5)[0]
+    D, *_ = model.denoise(net, xt, r['sigma'], y, cfg)
+    assert torch.equal(D, c_skip * xt)
+    ((D - x0) ** 2).mean().backward()
+    touched = {n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched == {'decoder.final.linear.weight', 'decoder.final.linear.bias'}
+    if method == 'mcdit':                                                     # the skip is of the mixed image
+        D, *_ = model.denoise(net, xt, r['sigma'], y, cfg, r['visible'], clean=x0)
+        at = torch.zeros(8, 16, 1).scatter(1, r['visible'][..., None], 1.0)   # 1: visible
+        assert close(D, c_skip * (xt * at + x0 * (1 - at)), 1e-6)
 
 
-# ---------------------------------------------------------------------------------- the network, said twice
+# ------------------------------------------------------------------------------- the random numbers of a step
+
+@pytest.mark.parametrize('resolution, ratio, K', [
+    (32, 0.3, 179), (32, 0.2, 204), (32, 0.5, 128), (64, 0.3, 716), (20, 0.9, 10), (8, 0.9, 1)])
+def test_visible_count(resolution, ratio, K):
+    """20: a hundred tokens, and int(100 * (1 - 0.9)) is 9."""
+    assert config(resolution=resolution, mask_ratio=ratio).K == K
 
 
-def plain_net(net, x, c_noise, y, visible=None, patches=None):
-    """Net.forward as a loop over images, heads and tokens, with nothing but matrices."""
-
-    def linear(layer, v):
-        return layer.weight @ v + layer.bias
-
-    def norm(v):
-        return (v - v.mean()) / (v.var(correction=0) + 1e-6).sqrt()
-
-    def silu(v):
-        return v * torch.sigmoid(v)
-
-    def gelu(v):
-        return 0.5 * v * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
-
-    def run(block, tokens, c, slots):
-        sa, ca, ga, sm, cm, gm = linear(block.modulation, silu(c)).chunk(6)
-        width = len(tokens[0])
-        size = width // block.heads
-        qkv = [linear(block.qkv, norm(t) * (1 + ca) + sa) for t in tokens]
-        mixed = []
-        for i in range(len(tokens)):
-            heads = []
-            for h in range(block.heads):
-                part = lambda j, what: qkv[j][what * width + h * size : what * width + (h + 1) * size]
-                scores = torch.stack([part(i, 0) @ part(j, 1) / math.sqrt(size) for j in range(len(tokens))])
-                if block.bias is not None:  # by offset in rows and columns, query minus key
-                    offset = lambda a, b: (a // g - b // g + g - 1) * (2 * g - 1) + a % g - b % g + g - 1
-                    scores = scores + torch.stack(
-                        [block.bias[offset(slots[i], slots[j]), h] for j in range(len(tokens))]
-                    )
-                heads.append(sum(a * part(j, 2) for j, a in enumerate(scores.softmax(0))))
-            mixed.append(torch.cat(heads))
-        tokens = [t + ga * linear(block.proj, m) for t, m in zip(tokens, mixed)]
-        return [t + gm * linear(block.fc2, gelu(linear(block.fc1, norm(t) * (1 + cm) + sm))) for t in tokens]
-
-    def last(layer, t, c):
-        shift, scale = linear(layer.modulation, silu(c)).chunk(2)
-        return linear(layer.linear, norm(t) * (1 + scale) + shift)
-
-    p, C, g = net.patch, net.channels, net.grid
-    F = torch.zeros_like(x)
-    for b in range(len(x)):
-        angles = [c_noise[b] * math.exp(-math.log(10000) * k / 128) for k in range(128)]
-        wave = torch.stack([a.cos() for a in angles] + [a.sin() for a in angles])
-        c = linear(net.t_embed.fc2, silu(linear(net.t_embed.fc1, wave))) + net.y_embed.weight[y[b]]
-        slots = range(g * g) if visible is None else visible[b].tolist()
-        tokens = []
-        for s in slots:
-            i, j = s // g * p, s % g * p
-            values = torch.stack(
-                [x[b, ch, i + u, j + v] for u in range(p) for v in range(p) for ch in range(C)]
-            )
-            tokens.append(linear(net.patch_embed, values) + net.pos[0, s])
-        if net.cls is not None:
-            tokens = [net.cls[0, 0], *tokens]
-        for block in net.blocks:
-            tokens = run(block, tokens, c, slots)
-        if net.cls is not None:
-            tokens = tokens[1:]
-        if net.bridge is not None:
-            tokens = [last(net.bridge, t, c) for t in tokens]
-        if hasattr(net, 'decoder_blocks'):
-            full = dict(zip(slots, tokens))
-            for s in range(g * g):
-                if s not in full:
-                    full[s] = (
-                        net.mask_token[0, 0]
-                        if hasattr(net, 'mask_token')
-                        else linear(net.fill_embed, patches[b, s])
-                    )
-            tokens = [full[s] + net.decoder_pos[0, s] for s in range(g * g)]
-            if hasattr(net, 'side_block') and visible is not None:
-                made = run(net.side_block, tokens, c, range(g * g))
-                tokens = [tokens[s] if s in slots else made[s] for s in range(g * g)]
-            for block in net.decoder_blocks:
-                tokens = run(block, tokens, c, range(g * g))
-        for s, t in enumerate(tokens):
-            i, j = s // g * p, s % g * p
-            values = last(net.final, t, c)
-            for n, (u, v, ch) in enumerate((u, v, ch) for u in range(p) for v in range(p) for ch in range(C)):
-                F[b, ch, i + u, j + v] = values[n]
-    return F
+def test_every_token_is_visible_or_masked_and_each_image_has_its_own_mask():
+    cfg = config(mask_ratio=0.3, batch=64)
+    r = model.random_numbers(cfg, 7)
+    assert r['visible'].shape == (64, 11) and r['masked'].shape == (64, 5)
+    everything = torch.cat([r['visible'], r['masked']], 1)
+    assert torch.equal(everything.sort(1).values, torch.arange(16).expand(64, -1))
+    assert len({tuple(sorted(row)) for row in r['visible'].tolist()}) > 60
+    often = torch.bincount(r['visible'].flatten(), minlength=16) / 64         # every position alike
+    assert (often - 11 / 16).abs().max() < 0.25
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_network_equals_its_plain_version(method):
-    cfg = config(method)
-    net, _ = build(cfg)
-    net.requires_grad_(False)
-    x, y = images(cfg, 2)
-    c_noise = torch.tensor([0.3, -1.2], dtype=torch.float64)
-    assert torch.allclose(net(x, c_noise, y)[0], plain_net(net, x, c_noise, y), rtol=1e-9, atol=1e-9)
-    if method != 'dit':
-        visible, _ = model.split_tokens(draws(cfg, 2), cfg)
-        patches = model.patchify(x.flip(0), 2)
-        assert torch.allclose(
-            net(x, c_noise, y, visible, patches)[0],
-            plain_net(net, x, c_noise, y, visible, patches),
-            rtol=1e-9,
-            atol=1e-9,
-        )
+def test_random_numbers_are_functions_of_seed_step_and_purpose(method):
+    cfg = config(method, kind='moments', batch=16, mask_ratio=0.5)
+    r, again = model.random_numbers(cfg, 5), model.random_numbers(cfg, 5)
+    second = {'mdt': {'noise2', 'drop2'}, 'sddit': {'noise2'}}.get(method, set())
+    assert r.keys() == {'sigma', 'visible', 'masked', 'drop', 'noise', 'latent', 'progress'} | second
+    assert all(len(value) == 16 for value in r.values()) and same(r, again)
+    many = [name for name in r if name not in ('drop', 'drop2', 'progress')]
+    for other in (model.random_numbers(cfg, 6), model.random_numbers(dataclasses.replace(cfg, seed=1), 5)):
+        assert not any(torch.equal(r[name], other[name]) for name in many)
+    assert not any(torch.equal(r['noise'], r[name]) for name in second & {'noise2'})
+    assert not torch.equal(r['noise'], model.patchify(r['latent'], 2))
+    fewer = model.random_numbers(dataclasses.replace(cfg, mask_ratio=0.25), 5)
+    assert all(torch.equal(r[name], fewer[name]) for name in r.keys() - {'visible', 'masked'})
+    assert torch.equal(r['progress'], torch.full((16,), 0.5))                 # step 5 of 10
+    assert 'latent' not in model.random_numbers(config(method), 5)
 
 
-# --------------------------------------------------------------------------------------------------- masks
-
-
-@pytest.mark.parametrize('method', METHODS)
-def test_all_tokens_visible_in_any_order_is_the_unmasked_path(method):
-    cfg = config(method)
-    net, _ = build(cfg)
-    x, y = images(cfg)
-    c_noise = torch.randn(4, dtype=torch.float64)
-    whole, *_ = net(x, c_noise, y)
-    if method == 'dit':
-        return
-    order = draws(cfg)['order']
-    masked, *_ = net(x, c_noise, y, order, model.patchify(x, 2))
-    assert whole.abs().max() > 0.1
-    assert (whole - masked).abs().max() < 1e-10
-
-
-def test_what_fills_a_slot_matters_where_it_is_a_patch():
-    for method, changes in (('maskdit', False), ('mdt', False), ('sddit', True), ('mcdit', True)):
-        cfg = config(method, mask_ratio=0.5)
-        net, _ = build(cfg)
-        x, y = images(cfg)
-        visible, masked = model.split_tokens(draws(cfg), cfg)
-        other = model.unpatchify(
-            model.put(model.patchify(x, 2), masked, torch.randn(4, 8, 12, dtype=torch.float64)), 2, 3
-        )
-        outputs = [
-            model.take(
-                model.patchify(net(v, torch.zeros(4), y, visible, model.patchify(v, 2))[0], 2), visible
-            )
-            for v in (x, other)
-        ]
-        difference = (outputs[0] - outputs[1]).abs().max()
-        assert difference > 1e-4 if changes else difference == 0
-
-
-def test_the_encoder_never_sees_masked_patches():
-    cfg = config('mcdit')
-    net, _ = build(cfg)
-    x, y = images(cfg)
-    visible, masked = model.split_tokens(draws(cfg), cfg)
-    other = model.put(model.patchify(x, 2), masked, torch.randn(4, 8, 12, dtype=torch.float64))
-    c = net.condition(torch.zeros(4, dtype=torch.float64), y)
-    assert torch.equal(net.encode(model.patchify(x, 2), c, visible), net.encode(other, c, visible))
-
-
-def test_draws_split_every_token_once():
-    cfg = config(mask_ratio=0.3)
-    made = model.draw(cfg, 7, 64)
-    visible, masked = model.split_tokens(made, cfg)
-    assert visible.shape == (64, 11) and masked.shape == (64, 5)
-    assert torch.equal(torch.cat([visible, masked], 1).sort(1).values, torch.arange(16).expand(64, -1))
-    assert len({tuple(row) for row in made['order'].tolist()}) == 64  # each image has a mask of its own
-
-
-def test_draws_are_a_function_of_seed_and_step():
-    a, b = model.draw(config(), 5, 8), model.draw(config(), 5, 8)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    for other in (model.draw(config(), 6, 8), model.draw(config(seed=1), 5, 8)):
-        assert not any(torch.equal(a[name], other[name]) for name in ('sigma', 'noise', 'order'))
-
-
-def test_draws_have_the_distributions_of_the_method():
-    made = model.draw(config(resolution=2), 0, 100_000)
-    log = made['sigma'].log()
+def test_random_numbers_have_their_distributions():
+    """ln sigma ~ N(-1.2, 1.2^2), so E[sigma^2] = exp(0.48) = 1.616; a tenth of the labels dropped."""
+    r = model.random_numbers(config('mdt', resolution=2, batch=100_000, mask_ratio=0.0), 0)
+    log = r['sigma'].log()
     assert abs(log.mean() + 1.2) < 0.02 and abs(log.std() - 1.2) < 0.02
-    assert abs(made['drop'].float().mean() - 0.1) < 0.005
-    assert abs(made['noise'].std() - 1) < 0.01
-
-
-# ---------------------------------------------------------------------------------------- losses, said twice
-
-
-def slow_terms(method, cfg, net, teacher, x, y, made):
-    """Every term of METHOD section 4, one image and one token at a time."""
-    sd, p = cfg['sigma_data'], 2
-    terms = {}
-
-    def add(name, value):
-        terms[name] = terms.get(name, 0) + value / len(x)
-
-    K = int(16 * (1 - cfg['mask_ratio']) + 1e-9)
-    for b in range(len(x)):
-        s, x0 = made['sigma'][b], x[b : b + 1]
-        label = torch.tensor([10 if made['drop'][b] else y[b]])
-        n = s * made['noise'][b : b + 1]
-        xt = x0 + n
-        c_skip, c_out, c_in = (
-            sd**2 / (s**2 + sd**2),
-            s * sd / (s**2 + sd**2).sqrt(),
-            1 / (s**2 + sd**2).sqrt(),
-        )
-        c_noise, w = (s.log() / 4)[None], (s**2 + sd**2) / (s * sd) ** 2
-        visible = made['order'][b : b + 1, :K]
-        tiles = lambda v: [v[0, :, i : i + p, j : j + p] for i in range(0, 8, p) for j in range(0, 8, p)]
-        mean = lambda e, tokens: sum(tiles(e)[k].mean() for k in tokens) / len(tokens)
-        seen = visible[0].tolist()
-        hidden = [k for k in range(16) if k not in seen]
-        if method == 'dit':
-            D = c_skip * xt + c_out * net(c_in * xt, c_noise, label)[0]
-            add('loss', (w * (D - x0) ** 2).mean())
-        elif method == 'mdt':
-            for name, again, seen_by in (('full', '', None), ('masked', '2', visible)):
-                xt = x0 + s * made['noise' + again][b : b + 1]
-                label = torch.tensor([10 if made['drop' + again][b] else y[b]])
-                D = c_skip * xt + c_out * net(c_in * xt, c_noise, label, seen_by)[0]
-                add(name, (w * (D - x0) ** 2).mean())
-        elif method == 'sddit':
-            F, _, logits = net(c_in * xt, c_noise, label, visible, model.patchify(c_in * xt, p))
-            add('generate', (w * (c_skip * xt + c_out * F - x0) ** 2).mean())
-            clear = (x0 + 0.002 * made['noise2'][b : b + 1]) / math.sqrt(0.002**2 + sd**2)
-            said = teacher(clear, torch.tensor([math.log(0.002) / 4], dtype=torch.float64), label)
-            temperature = 0.04 + 0.03 * min(1, made['progress'][b].item() / 0.1)
-            for name, student, guide in [('cls', 0, said[0, 0] - teacher.centers[0])] + [
-                ('patches', 1 + k, said[0, 1 + token] - teacher.centers[1]) for k, token in enumerate(seen)
-            ]:
-                P = (guide / temperature).softmax(0)
-                share = 1 if name == 'cls' else 1 / len(seen)
-                add(name, -share * (P * (logits[0, student] / 0.1).log_softmax(0)).sum())
-        elif method == 'maskdit':
-            D = c_skip * xt + c_out * net(c_in * xt, c_noise, label, visible)[0]
-            target = torch.zeros_like(xt)
-            for k, tile in enumerate(tiles(xt)):
-                i, j = k // 4 * p, k % 4 * p
-                target[0, :, i : i + p, j : j + p] = (tile - tile.mean()) / (
-                    tile.var(correction=1) + 1e-6
-                ).sqrt()
-            add('denoise', mean(w * (D - x0) ** 2, seen))
-            add('reconstruct', mean((D - target) ** 2, hidden))
-        else:
-            x_in = xt.clone()
-            for k in hidden:
-                i, j = k // 4 * p, k % 4 * p
-                x_in[0, :, i : i + p, j : j + p] = x0[0, :, i : i + p, j : j + p]
-            gains = {'both': (1, 1), 'noisy': (1, 0), 'clean': (0, 1)}[cfg['tokens']]
-            F, c, _ = net(c_in * xt, c_noise, label, visible, model.patchify(x0 / sd, p), gains)
-            D = c_skip * x_in + c_out * F
-            if cfg['teacher_encoder']:
-                F_noisy, F_clean = teacher(c_in * xt, c_noise, label)[0], teacher(x0 / sd, c_noise, label)[0]
-            elif teacher is not None:
-                F_noisy, F_clean = teacher(c_in * xt, c), teacher(x0 / sd, c)
-            add('clean', mean(w * (D - x0) ** 2, seen))
-            add('all', (w * (D - x0) ** 2).mean())
-            add('noise', mean((D - xt) ** 2, hidden))
-            add('floor', mean(n**2, hidden))
-            if teacher is not None:
-                add('con1', mean(w * (D - c_skip * xt - c_out * F_noisy) ** 2, seen))
-                add('con2', mean(w * (D - c_skip * x0 - c_out * F_clean) ** 2, seen))
-                add('F_difference', mean((F - F_noisy) ** 2, seen))
-    return terms
-
-
-@pytest.mark.parametrize(
-    'changes, total',
-    [
-        ({}, lambda t: t['clean'] + 0.1 * t['noise'] + 0.1 * t['con1'] + 0.05 * t['con2']),
-        ({'mask_ratio': 0.25}, lambda t: t['clean'] + 0.1 * t['noise'] + 0.1 * t['con1'] + 0.05 * t['con2']),
-        ({'sigma_data': 0.8}, lambda t: t['clean'] + 0.1 * t['noise'] + 0.1 * t['con1'] + 0.05 * t['con2']),
-        ({'lambda_noise': 0.0}, lambda t: t['clean'] + 0.1 * t['con1'] + 0.05 * t['con2']),
-        ({'lambda_con1': 0.0}, lambda t: t['clean'] + 0.1 * t['noise'] + 0.05 * t['con2']),
-        ({'lambda_con2': 0.0}, lambda t: t['clean'] + 0.1 * t['noise'] + 0.1 * t['con1']),
-        ({'lambda_con1': 0.0, 'lambda_con2': 0.0}, lambda t: t['clean'] + 0.1 * t['noise']),
-        (
-            {'lambda_noise': 0.3, 'lambda_con1': 0.7, 'lambda_con2': 0.9},
-            lambda t: t['clean'] + 0.3 * t['noise'] + 0.7 * t['con1'] + 0.9 * t['con2'],
-        ),
-        ({'all_clean': True}, lambda t: t['all'] + 0.1 * t['con1'] + 0.05 * t['con2']),
-        ({'tokens': 'noisy'}, lambda t: t['clean'] + 0.1 * t['noise'] + 0.1 * t['con1'] + 0.05 * t['con2']),
-        ({'tokens': 'clean'}, lambda t: t['clean'] + 0.1 * t['noise'] + 0.1 * t['con1'] + 0.05 * t['con2']),
-        (
-            {'teacher_encoder': True},
-            lambda t: t['clean'] + 0.1 * t['noise'] + 0.1 * t['con1'] + 0.05 * t['con2'],
-        ),
-    ],
-)
-def test_mcdit_loss(changes, total):
-    cfg = config('mcdit', **changes)
-    net, teacher = build(cfg)
-    x, y = images(cfg)
-    made = draws(cfg)
-    loss, parts = model.mcdit_loss(net, teacher, x, y, made, cfg)
-    terms = slow_terms('mcdit', cfg, net, teacher, x, y, made)
-    assert loss.item() == pytest.approx(total(terms).item(), rel=1e-10)
-    for name in parts.keys() - {'noise_above_floor'}:
-        assert parts[name].item() == pytest.approx(terms[name].item(), rel=1e-10)
-    if 'noise' in parts:
-        assert parts['noise_above_floor'].item() == pytest.approx(
-            (terms['noise'] - terms['floor']).item(), rel=1e-8
-        )
-    expected = {'clean', 'noise', 'noise_above_floor', 'con1', 'con2'}
-    expected -= {'noise', 'noise_above_floor'} if not cfg['lambda_noise'] or cfg['all_clean'] else set()
-    assert parts.keys() == expected - {n for n in ('con1', 'con2') if not cfg['lambda_' + n]}
-
-
-@pytest.mark.parametrize(
-    'method, total',
-    [
-        ('dit', lambda t: t['loss']),
-        ('maskdit', lambda t: t['denoise'] + 0.1 * t['reconstruct']),
-        ('mdt', lambda t: t['full'] + t['masked']),
-        ('sddit', lambda t: t['generate'] + t['cls'] + t['patches']),
-    ],
-)
-def test_other_losses(method, total):
-    cfg = config(method, steps=100)  # draws() is of step 3: warm-up not over
-    net, teacher = build(cfg)
-    if method == 'sddit':
-        teacher.centers.normal_(generator=torch.Generator().manual_seed(0))
-    x, y = images(cfg)
-    made = draws(cfg)
-    loss, _ = model.METHODS[method]['loss'](net, teacher, x, y, made, cfg)
-    assert loss.item() == pytest.approx(
-        total(slow_terms(method, cfg, net, teacher, x, y, made)).item(), rel=1e-9
-    )
-
-
-def test_weighted_con1_is_the_mean_squared_difference_of_F():
-    cfg = config()
-    net, teacher = build(cfg)
-    x, y = images(cfg)
-    made = draws(cfg)
-    _, parts = model.mcdit_loss(net, teacher, x, y, made, cfg)
-    terms = slow_terms('mcdit', cfg, net, teacher, x, y, made)
-    assert parts['con1'].item() == pytest.approx(terms['F_difference'].item(), rel=1e-10)
-
-
-def test_expected_noise_loss_of_a_perfect_answer_is_the_mean_of_n_squared():
-    """At D = x0 nothing is left in L_noise but the noise that nobody sees: its floor."""
-    cfg = config()
-    x, y = images(cfg, 4)
-    made = draws(cfg, 4)
-
-    def oracle(scaled, c_noise, label, visible, patches, gains):  # the F that makes D = x0
-        c_skip, c_out, _, _ = model.precondition(made['sigma'], 0.5)
-        xt = x + made['sigma'].view(-1, 1, 1, 1) * made['noise']
-        x_in = model.unpatchify(
-            model.put(model.patchify(x, 2), visible, model.take(model.patchify(xt, 2), visible)), 2, 3
-        )
-        return (x - c_skip * x_in) / c_out, torch.zeros(4, 192, dtype=torch.float64), None
-
-    cfg |= {'lambda_con1': 0.0, 'lambda_con2': 0.0}
-    _, parts = model.mcdit_loss(oracle, None, x, y, made, cfg)
-    _, masked = model.split_tokens(made, cfg)
-    n = made['sigma'].view(-1, 1, 1, 1) * made['noise']
-    assert parts['clean'] < 1e-20
-    assert parts['noise'].item() == pytest.approx(model.mean_over(n**2, masked, 2).item(), rel=1e-10)
-    assert abs(parts['noise_above_floor']) < 1e-12
-    made = model.draw(config(resolution=2, channels=1), 0, 400_000)
-    assert (made['sigma'] ** 2).mean().item() == pytest.approx(
-        math.exp(2 * -1.2 + 2 * 1.2**2), rel=0.1
-    )  # 1.616
-
-
-def test_step_zero_loss_is_the_variance_of_the_data_over_sd_squared():
-    """F = 0, so w (D - x0)^2 has mean 1 for data of standard deviation 0.5."""
-    cfg = config('dit', resolution=16)
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(256, 3, 16, 16, generator=rng) / 2
-    loss, _ = model.dit_loss(
-        model.Net(cfg), None, x, torch.zeros(256, dtype=torch.long), model.draw(cfg, 0, 256), cfg
-    )
-    assert loss.item() == pytest.approx(1.0, rel=0.02)
-
-
-# ------------------------------------------------------------------------------------------ gradients, EMA
-
-
-@pytest.mark.parametrize(
-    'method, changes',
-    [(m, {}) for m in METHODS]
-    + [
-        ('mcdit', {'tokens': 'noisy'}),
-        ('mcdit', {'tokens': 'clean'}),
-        ('mcdit', {'teacher_encoder': True}),
-        ('mcdit', {'all_clean': True}),
-        ('mcdit', {'lambda_noise': 0.0}),
-        ('mcdit', {'classes': 0}),
-    ],
-)
-def test_every_parameter_gets_a_gradient(method, changes):
-    cfg = config(method, **changes)
-    net, teacher = build(cfg)
-    x, y = images(cfg)
-    loss, _ = model.METHODS[method]['loss'](net, teacher, x, y, draws(cfg), cfg)
-    loss.backward()
-    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    assert all(p.grad is not None for p in trained.values())
-    zero = {name for name, p in trained.items() if not p.grad.any()}
-    hidden = {
-        'noisy': {n for n in trained if n.startswith('fill_embed')},  # multiplied by 0, yet in the graph
-        'clean': {n for n in trained if n.startswith(('blocks', 'patch_embed', 'bridge'))},
-    }
-    assert zero == hidden.get(cfg.get('tokens'), set())
-
-
-def test_tuning_builds_no_fill_and_every_parameter_gets_a_gradient():
-    for method in METHODS:
-        cfg = config(method, stage='tune', mask_ratio=0.0)
-        net, teacher = build(cfg)
-        assert teacher is None and not any(
-            n.startswith(model.TRAINING_ONLY) for n, _ in net.named_parameters()
-        )
-        x, y = images(cfg)
-        loss, _ = model.dit_loss(net, None, x, y, draws(cfg), cfg)
-        loss.backward()
-        assert all(p.grad is not None and p.grad.any() for p in net.parameters() if p.requires_grad)
-
-
-def test_only_what_the_method_uses_is_built():
-    names = {m: {n.split('.')[0] for n, _ in model.Net(config(m)).named_parameters()} for m in METHODS}
-    assert names['maskdit'] - names['dit'] == {'bridge', 'decoder_pos', 'decoder_blocks', 'mask_token'}
-    assert names['mdt'] - names['dit'] == {'decoder_pos', 'decoder_blocks', 'mask_token', 'side_block'}
-    assert names['sddit'] - names['dit'] == {
-        'bridge',
-        'decoder_pos',
-        'decoder_blocks',
-        'fill_embed',
-        'cls',
-        'head',
-    }
-    assert names['mcdit'] - names['dit'] == {'bridge', 'decoder_pos', 'decoder_blocks', 'fill_embed'}
-    assert 'y_embed' not in {n.split('.')[0] for n, _ in model.Net(config(classes=0)).named_parameters()}
-
-
-def storages(module):
-    return {p.untyped_storage().data_ptr() for p in [*module.parameters(), *module.buffers()]}
-
-
-@pytest.mark.parametrize(
-    'method, changes', [('mcdit', {}), ('mcdit', {'teacher_encoder': True}), ('sddit', {})]
-)
-def test_teacher_has_no_gradient_and_no_alias(method, changes):
-    cfg = config(method, **changes)
-    net = randomise(model.Net(cfg).double())
-    teacher = model.make_teacher(net, cfg)
-    for name, p in teacher.named_parameters():
-        assert torch.equal(p, dict(net.named_parameters())[name])  # started as a copy
-        assert not p.requires_grad
-    assert not storages(net) & storages(teacher)
-    x, y = images(cfg)
-    loss, _ = model.METHODS[method]['loss'](net, teacher, x, y, draws(cfg), cfg)
-    loss.backward()
-    assert all(p.grad is None for p in teacher.parameters())
-
-
-def test_teacher_parts():
-    """Patch embedding, decoder blocks, final layer, not the bridge. Table 12: everything but the fill."""
-    net = model.Net(config())
-    parts = lambda m: {n.split('.')[0] for n, _ in m.named_parameters()}
-    assert parts(model.make_teacher(net, config())) == {'fill_embed', 'decoder_blocks', 'final'}
-    assert parts(model.make_teacher(net, config(teacher_encoder=True))) == parts(net) - {'fill_embed'}
-    assert model.make_teacher(net, config(lambda_con1=0.0, lambda_con2=0.0)) is None
-    net = model.Net(config('sddit'))
-    encoder = {'t_embed', 'y_embed', 'patch_embed', 'pos', 'cls', 'blocks', 'head'}
-    assert parts(model.make_teacher(net, config('sddit'))) == encoder
-
-
-def test_the_two_branches_are_one_network_run_once(monkeypatch):
-    cfg = config()
-    net, teacher = build(cfg)
-    x, y = images(cfg)
-    calls = []
-    forward = teacher.forward
-    monkeypatch.setattr(
-        teacher, 'forward', lambda *a: calls.append((a, torch.is_grad_enabled())) or forward(*a)
-    )
-    model.mcdit_loss(net, teacher, x, y, draws(cfg), cfg)
-    (((inputs, c), graph),) = calls
-    assert inputs.shape[0] == c.shape[0] == 2 * len(x) and not graph
-    assert torch.equal(c[:4], c[4:])
-
-
-def test_two_branches_kept_apart_would_stay_equal():
-    """Why one copy is enough: started equal and updated alike, for ever."""
-    cfg = config()
-    net = randomise(model.Net(cfg))
-    first, second = model.make_teacher(net, cfg), model.make_teacher(net, cfg)
-    for step in range(3):
-        randomise(net, seed=step)
-        model.update_ema(first, net, 0.999)
-        model.update_ema(second, net, 0.999)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
-
-
-@pytest.mark.parametrize('method, decay', [('mcdit', 0.999), ('sddit', 0.9975)])
-def test_teacher_update_is_exact(method, decay):
-    cfg = config(method)
-    net = randomise(model.Net(cfg).double())
-    teacher = model.make_teacher(net, cfg)
-    x, y = images(cfg)
-    model.METHODS[method]['loss'](net, teacher, x, y, draws(cfg), cfg)
-    old = {n: p.clone() for n, p in teacher.named_parameters()}
-    randomise(net, seed=9)
-    model.update_teacher(teacher, net, 5, cfg)  # half way through 10 steps
-    new = dict(net.named_parameters())
-    for name, p in teacher.named_parameters():
-        assert torch.allclose(p, decay * old[name] + (1 - decay) * new[name], rtol=0, atol=1e-15)
-        assert name.endswith('pos') or not torch.equal(p, old[name])
-
-
-def test_ema_warm_up():
-    assert model.ema_decay(0) == 0.1
-    assert model.ema_decay(90) == 0.91
-    assert model.ema_decay(10**6) == 0.9999
-
-
-def test_unconditional_net_ignores_labels():
-    cfg = config(classes=0)
-    net, _ = build(cfg)
-    x, _ = images(cfg)
-    c_noise = torch.zeros(4)
-    assert torch.equal(
-        net(x, c_noise, torch.zeros(4, dtype=torch.long))[0],
-        net(x, c_noise, torch.ones(4, dtype=torch.long))[0],
-    )
+    for name in ('drop', 'drop2'):
+        assert abs(r[name].float().mean() - 0.1) < 0.005
+    assert abs((r['drop'] & r['drop2']).float().mean() - 0.01) < 0.002        # independent
+    for name in ('noise', 'noise2'):
+        assert abs(r[name].std() - 1) < 0.01 and abs(r[name].mean()) < 0.01
+    assert abs((r['noise'] * r['noise2']).mean()) < 0.01
 
 
 def test_a_dropped_label_is_the_last_row():
     cfg = config('dit')
-    net, _ = build(cfg)
-    x, y = images(cfg)
-    made = draws(cfg)
-    made['drop'][:] = True
-    losses = [model.dit_loss(net, None, x, labels, made, cfg)[0] for labels in (y, (y + 1) % 10)]
-    assert losses[0] == losses[1]
-    made['drop'][:] = False
-    losses = [model.dit_loss(net, None, x, labels, made, cfg)[0] for labels in (y, (y + 1) % 10)]
-    assert losses[0] != losses[1]
+    r = numbers(cfg)
+    _, y = model.corrupt(*batch(cfg), r, cfg)
+    assert all(label == (10 if drop else was) for label, drop, was in zip(y, r['drop'], batch(cfg)[1]))
+    assert r['drop'].any() and not r['drop'].all()
 
 
-# ----------------------------------------------------------------------------------------------------- MDT
+# -------------------------------------------------------------------------------------------- unmasked steps
+
+@pytest.mark.parametrize('share', [0.0, 0.25, 1.0])
+def test_the_share_of_unmasked_steps(share):
+    """A function of (seed, step); 2,000 steps are within 4 standard errors of the share."""
+    plan = lambda **changes: [model.loss_of_step(config(unmasked=share, **changes), step) is model.dit_loss
+                              for step in range(2000)]
+    chosen = plan()
+    assert abs(sum(chosen) / 2000 - share) <= 4 * math.sqrt(share * (1 - share) / 2000)
+    assert chosen == plan(lr=1.0) and (chosen != plan(seed=1) or share in (0, 1))
+    assert model.loss_of_step(config(unmasked=0.0), 0) is model.mcdit_loss
 
 
-def test_relative_index():
-    assert model.relative_index(2).tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
-    for g in (2, 5, 16):
-        index = model.relative_index(g)
-        assert (index + index.T == 2 * (2 * g - 1) * (g - 1) + 2 * (g - 1)).all()
-        assert (
-            index.min() == 0
-            and index.max() == (2 * g - 1) ** 2 - 1
-            and len(index.unique()) == (2 * g - 1) ** 2
-        )
-    assert (index + index.T == 960).all() and (index.diagonal() == 480).all()
-
-
-def test_masked_shortcut():
-    """Visible slots keep the encoder's output plus the second table, to the bit; masked ones do not."""
-    cfg = config('mdt')
-    net, _ = build(cfg)
-    visible, masked = model.split_tokens(draws(cfg), cfg)
-    tokens, c = (
-        torch.randn(4, visible.shape[1], 128, dtype=torch.float64),
-        torch.randn(4, 128, dtype=torch.float64),
-    )
-    slots = net.fill(tokens, visible, None, c)
-    assert torch.equal(model.take(slots, visible), tokens + net.decoder_pos[0][visible])
-    assert (model.take(slots, masked) - net.mask_token - net.decoder_pos[0][masked]).abs().amin() > 0
-
-
-def test_mdt_positions_and_biases_are_learned():
-    cfg = config('mdt')
-    net, _ = build(cfg)
-    x, y = images(cfg)
-    model.mdt_loss(net, None, x, y, draws(cfg), cfg)[0].backward()
-    assert net.pos.grad.any() and net.decoder_pos.grad.any()
-    blocks = [*net.blocks, *net.decoder_blocks, net.side_block]
-    assert len(blocks) == 5 and all(
-        block.bias.shape == (49, 4) and block.bias.grad.any(0).all() for block in blocks
-    )
-
-
-def test_the_full_pass_leaves_the_side_block_alone():
-    cfg = config('mdt')
-    net, _ = build(cfg)
-    x, y = images(cfg)
-    model.dit_loss(net, None, x, y, draws(cfg), cfg)[0].backward()  # what a full pass minimises
-    assert net.mask_token.grad is None and all(p.grad is None for p in net.side_block.parameters())
-
-
-# -------------------------------------------------------------------------------------------------- SD-DiT
-
-
-def test_teacher_momentum_at_quarters():
-    quarters = [model.teacher_momentum(k / 4) for k in range(5)]
-    assert quarters == pytest.approx([0.996, 0.99643934, 0.9975, 0.99856066, 0.999], abs=1e-8)
-
-
-def test_teacher_temperature():
-    assert model.teacher_temperature(torch.tensor([0.0, 0.05, 0.1, 1.0])).tolist() == pytest.approx(
-        [0.04, 0.055, 0.07, 0.07]
-    )
-
-
-def test_zero_logits_give_ln_K():
-    zero = torch.zeros(2, 3, 8192, dtype=torch.float64)
-    crossed, entropy = model.cross_entropy(zero, zero, 0.04)
-    assert torch.allclose(crossed, torch.full((2, 3), math.log(8192), dtype=torch.float64))
-    assert torch.allclose(entropy, crossed)
-
-
-def test_gradient_of_the_cross_entropy():
-    rng = torch.Generator().manual_seed(0)
-    said = torch.randn(5, 8192, generator=rng, dtype=torch.float64) / 10
-    logits = (torch.randn(5, 8192, generator=rng, dtype=torch.float64) / 10).requires_grad_()
-    model.cross_entropy(logits, said, 0.05)[0].sum().backward()
-    assert torch.allclose(
-        logits.grad, ((logits / 0.1).softmax(1) - (said / 0.05).softmax(1)) / 0.1, atol=1e-12
-    )
-
-
-def test_head_gives_cosines():
-    head = randomise(model.Head(192).double(), scale=0.5)
-    logits = head(torch.randn(2, 5, 192, dtype=torch.float64))
-    assert logits.shape == (2, 5, 8192) and 0.1 < logits.abs().max() <= 1
-
-
-def test_head_stays_in_float32_under_autocast():
-    cfg = config('sddit')
-    net, _ = build(cfg, torch.float32)
-    x, y = images(cfg, dtype=torch.float32)
-    with torch.autocast('cpu', torch.bfloat16):
-        _, _, logits = net(x, torch.zeros(4), y, model.split_tokens(draws(cfg), cfg)[0], model.patchify(x, 2))
-    assert logits.dtype == torch.float32 and logits.shape == (4, 13, 8192)
-
-
-def test_centers_follow_the_teachers_mean():
-    """After three equal batches they are 1 - 0.9^3 = 0.271 of it; micro-batches count as one batch."""
-    cfg = config('sddit')
+@pytest.mark.parametrize('method', ['maskdit', 'mcdit'])
+def test_an_unmasked_step_is_dits_and_leaves_no_parameter_without_gradient(method):
+    """A parameter without gradient would stop DistributedDataParallel: the mask token's is zero instead."""
+    cfg = config(method, unmasked=1.0, batch=2)
     net, teacher = build(cfg)
-    x, y = images(cfg)
-    c_noise = torch.zeros(4, dtype=torch.float64)
-    logits = teacher(x, c_noise, y)
-    mean = torch.stack([logits[:, 0].mean(0), logits[:, 1:].mean((0, 1))]).float()
-    assert teacher.centers.abs().max() == 0  # not before the step is over
-    teacher.update_centers()
-    assert torch.allclose(teacher.centers, 0.1 * mean, atol=1e-6)
-    for _ in range(2):
-        teacher(x[:2], c_noise[:2], y[:2])
-        teacher(x[2:], c_noise[2:], y[2:])
-        teacher.update_centers()
-    assert torch.allclose(teacher.centers, 0.271 * mean, atol=1e-6)
+    x0, y = batch(cfg)
+    r = numbers(cfg)
+    terms = model.loss_of_step(cfg, 3)(net, teacher, x0, y, r, cfg)
+    assert terms.keys() == {'denoise'} and terms['denoise'][0] == 1
+    as_dit = dataclasses.replace(cfg, method='dit')
+    assert terms['denoise'][1].item() == pytest.approx(
+        plain_loss(as_dit, net, None, x0, y, r)['denoise'].item(), rel=1e-9)
+    terms['denoise'][1].backward()
+    trained = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in trained.values())
+    assert {name for name, grad in trained.items() if not grad.any()} \
+        == ({'decoder.mask_token'} if method == 'maskdit' else set())
 
 
-def test_discrimination_alone_leaves_the_decoder_without_gradient():
-    cfg = config('sddit')
-    net, teacher = build(cfg)
-    x, y = images(cfg)
-    visible, _ = model.split_tokens(draws(cfg), cfg)
-    _, _, logits = net(x, torch.zeros(4), y, visible, model.patchify(x, 2))
-    model.cross_entropy(logits, torch.randn_like(logits), 0.05)[0].mean().backward()
+# ------------------------------------------------------------------------------------- gradients and teachers
+
+def total(terms):
+    return sum(weight * value for weight, value in terms.values())
+
+
+@pytest.mark.parametrize('method, changes, untouched', [
+    *((method, {}, None) for method in METHODS),
+    ('mcdit', {'tokens': 'noisy'}, None),
+    ('mcdit', {'tokens': 'clean'}, 'encoder.blocks.'),                        # multiplied by 0, in the graph
+    ('mcdit', {'teacher_encoder': True}, None),
+    ('mcdit', {'all_clean': True}, None),
+    ('mcdit', {'lambda_con1': 0.0, 'lambda_con2': 0.0}, None),
+    ('mcdit', {'classes': 0}, None),
+])
+def test_every_parameter_gets_a_gradient(method, changes, untouched):
+    cfg = config(method, batch=2, **changes)
+    net, teacher = build(cfg, torch.float32)
+    total(model.loss_of_step(cfg, 3)(net, teacher, *batch(cfg, torch.float32),
+                                     numbers(cfg, dtype=torch.float32), cfg)).backward()
     for name, p in net.named_parameters():
         if p.requires_grad:
-            decoder = name.startswith(('bridge', 'decoder_blocks', 'fill_embed', 'final'))
-            assert (p.grad is None) == decoder, name
+            assert p.grad is not None, name
+            assert p.grad.any() != bool(untouched and name.startswith(untouched)), name
+    assert {name for name, p in net.named_parameters() if not p.requires_grad} == \
+        (set() if method == 'mdt' else {n for n in net.state_dict() if n.endswith('.pos')})
+    assert teacher is None or all(p.grad is None for p in teacher.parameters())
 
 
-def test_tokens_are_compared_with_their_own():
-    """Student equal to teacher, one noise level, nothing masked, no centers: a shift by a token costs."""
-    cfg = config('sddit')
-    net = randomise(model.Net(cfg).double(), scale=0.5)
-    teacher = model.make_teacher(net, cfg)
-    x, y = images(cfg)
-    c_noise = torch.zeros(4, dtype=torch.float64)
-    everything = torch.arange(16).expand(4, -1)
-    with torch.no_grad():
-        _, _, logits = net(x, c_noise, y, everything, model.patchify(x, 2))
-        said = teacher(x, c_noise, y)
-    assert torch.allclose(logits, said)
-    aligned = model.cross_entropy(logits[:, 1:], said[:, 1:], 0.07)[0].mean()
-    shifted = model.cross_entropy(logits[:, 1:].roll(1, dims=1), said[:, 1:], 0.07)[0].mean()
-    assert shifted > aligned + 0.01
+def test_discrimination_reaches_encoder_and_head_only():
+    """SD-DiT's L_D gives the decoder no gradient, L_G gives none to the head."""
+    cfg = config('sddit', batch=2)
+    for term, without in (('discriminate', 'decoder.'), ('generate', 'head.')):
+        net, teacher = build(cfg, torch.float32)
+        terms = model.sddit_loss(net, teacher, *batch(cfg, torch.float32), numbers(cfg, dtype=torch.float32),
+                                 cfg)
+        terms[term][1].backward()
+        for name, p in net.named_parameters():
+            assert not p.requires_grad or (p.grad is None) == name.startswith(without), name
 
 
-def test_cls_is_seen_by_the_encoder_alone():
-    cfg = config('sddit')
-    net, _ = build(cfg)
-    x, y = images(cfg)
-    visible, _ = model.split_tokens(draws(cfg), cfg)
-    c = net.condition(torch.zeros(4, dtype=torch.float64), y)
-    assert net.encode(model.patchify(x, 2), c, visible).shape == (4, 1 + visible.shape[1], 128)
-    assert net(x, torch.zeros(4), y)[0].shape == x.shape
+def storages(module):
+    return {t.untyped_storage().data_ptr() for t in module.state_dict().values()}
 
 
-# ------------------------------------------------------------------------------------------------ collapse
-
-
-def test_collapse_measure():
-    cfg = config()
-    net, _ = build(cfg)
-    x, y = images(cfg)
-    made = draws(cfg)
-    sums = model.collapse(net, x, y, made, cfg)
-    D, _, (visible, _) = model.mcdit_student(net, x, y, made, cfg, (1.0, 1.0))
-    for name, gains in (('encoder', (0.0, 1.0)), ('patches', (1.0, 0.0))):
-        D0 = model.mcdit_student(net, x, y, made, cfg, gains)[0]
-        assert sums[name] == model.take(model.patchify((D - D0) ** 2, 2), visible).sum() > 0
-    with torch.no_grad():
-        net.bridge.linear.weight.zero_()
-        net.bridge.linear.bias.zero_()  # a decoder that cannot see the encoder
-    assert model.collapse(net, x, y, made, cfg)['encoder'] == 0
-    assert model.collapse(net, x, y, made, cfg)['patches'] > 0
-
-
-# --------------------------------------------------------------------------------------------- checkpoints
-
-
-def saved(tmp_path, cfg, **changes):
+@pytest.mark.parametrize('method, changes, parts', [
+    ('mcdit', {}, {'encoder.linear': 'encoder.embed.linear', 'encoder.pos': 'encoder.embed.pos',
+                   'decoder': 'decoder'}),
+    ('mcdit', {'teacher_encoder': True}, {'encoder': 'encoder', 'decoder': 'decoder'}),
+    ('sddit', {}, {'encoder': 'encoder', 'head': 'head'}),
+])
+def test_a_teacher_starts_as_a_copy_of_its_parts(method, changes, parts):
+    """Equal to the network's, no gradient, no shared memory. MC-DiT's has no encoder blocks by default."""
+    cfg = config(method, **changes)
     net = randomise(model.Net(cfg))
-    path = tmp_path / 'x.pt'
-    torch.save({'ema': net.state_dict(), 'step': 1, 'config': cfg} | changes, path)
+    teacher, mine = model.make_teacher(net, cfg), net.state_dict()
+    expected = {copied + name.removeprefix(own): value for name, value in mine.items()
+                for copied, own in parts.items() if name == own or name.startswith(own + '.')}
+    buffers = {'centers': torch.zeros(2, model.PROTOTYPES)} if method == 'sddit' else {}
+    assert same(dict(teacher.state_dict()), expected | buffers)
+    assert not any(p.requires_grad for p in teacher.parameters()) and not storages(net) & storages(teacher)
+
+
+def test_both_branches_are_one_pass_of_one_network():
+    """On 2B images, without a graph; without constraints there is no EMA network at all."""
+    cfg = config()
+    net, teacher = build(cfg)
+    calls = []
+    teacher.register_forward_hook(lambda _, inputs, F: calls.append((inputs, F.requires_grad)))
+    model.mcdit_loss(net, teacher, *batch(cfg), numbers(cfg), cfg)
+    (((x, c, c_noise, y), graph),) = calls
+    assert len(x) == len(c) == len(c_noise) == len(y) == 16 and not graph
+    assert torch.equal(c[:8], c[8:]) and torch.equal(y[:8], y[8:])
+    assert model.make_teacher(net, config(lambda_con1=0.0, lambda_con2=0.0)) is None
+
+
+@pytest.mark.parametrize('changes, decays', [
+    ({'method': 'mcdit'}, {0.0: 0.999, 1.0: 0.999}),
+    ({'method': 'mcdit', 'teacher_encoder': True}, {0.5: 0.999}),
+    ({'method': 'sddit'}, {0.0: 0.996, 0.25: 0.9964393398, 1.0: 0.999}),
+])
+def test_teacher_update(changes, decays, monkeypatch):
+    """decay * teacher + (1 - decay) * network, parameter by parameter. MC-DiT section 4.1; SD-DiT's decay
+    follows a cosine over training."""
+    monkeypatch.setattr(model, 'PROTOTYPES', 16)
+    cfg = config(**changes)
+    net, teacher = build(cfg)
+    mine = {name.replace('encoder.embed.', 'encoder.'): p for name, p in net.named_parameters()}
+    mine |= dict(net.named_parameters())
+    for progress, decay in decays.items():
+        old = {name: p.clone() for name, p in teacher.named_parameters()}
+        teacher.calls = 1                                                     # SD-DiT's has seen a batch
+        teacher.update(net, progress, skipped=False)
+        for name, p in teacher.named_parameters():
+            assert close(p, decay * old[name] + (1 - decay) * mine[name], 1e-10), name
+            assert name.endswith('pos') or not torch.equal(p, old[name]), name
+
+
+def test_centers_follow_the_teachers_mean(monkeypatch):
+    """SD-DiT: momentum 0.9, once per optimizer step, micro-batches together, of [CLS] and of all patches."""
+    monkeypatch.setattr(model, 'PROTOTYPES', 16)
+    cfg = config('sddit')
+    net, teacher = build(cfg)
+    x, y = batch(cfg)
+    c_noise = torch.zeros(8, dtype=torch.float64)
+    logits = teacher(x, c_noise, y)
+    mean = torch.stack([logits[:, 0].mean(0), logits[:, 1:].mean((0, 1))]).float()
+    assert not teacher.centers.any()                                          # not before the step's end
+    teacher.update(teacher, 0.0, skipped=False)                               # towards itself: same logits
+    assert close(teacher.centers, 0.1 * mean, 1e-6)
+    for _ in range(2):
+        teacher(x[:4], c_noise[:4], y[:4])
+        teacher(x[4:], c_noise[4:], y[4:])
+        teacher.update(teacher, 0.0, skipped=False)
+    assert close(teacher.centers, (1 - 0.9 ** 3) * mean, 1e-6)
+
+
+@pytest.mark.parametrize('method', ['mcdit', 'sddit'])
+def test_a_skipped_step_leaves_the_teacher_to_the_bit(method, monkeypatch):
+    """Also where the teacher's own logits were not finite; the step after starts with nothing seen."""
+    monkeypatch.setattr(model, 'PROTOTYPES', 16)
+    net, teacher = build(config(method))
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    if method == 'sddit':
+        teacher.seen += torch.nan
+        teacher.calls = 1
+    teacher.update(net, 0.5, skipped=True)
+    assert same(dict(teacher.state_dict()), before)
+    if method == 'sddit':
+        assert teacher.calls == 0 and not teacher.seen.any()
+
+
+def test_ema():
+    """shadow <- decay shadow + (1 - decay) net, for every parameter; the decay min(0.9999, (1+s)/(10+s))."""
+    net, shadow = (randomise(model.Net(config('dit')).double(), seed) for seed in (0, 1))
+    old, new = dict(shadow.named_parameters()), dict(net.named_parameters())
+    old = {name: p.clone() for name, p in old.items()}
+    model.update_ema(shadow, net, 0.9)
+    assert all(close(p, 0.9 * old[name] + 0.1 * new[name], 1e-12) for name, p in shadow.named_parameters())
+    assert [model.ema_decay(step) for step in (0, 90, 10 ** 6)] == pytest.approx([0.1, 0.91, 0.9999])
+
+
+# ------------------------------------------------------------------------------------------------- collapse
+
+@pytest.mark.parametrize('tokens', ['both', 'noisy'])
+@torch.no_grad()
+def test_collapse(tokens):
+    """Sums of squares over visible tokens: of D, and of its change with encoder or patches at zero."""
+    cfg = config(batch=2, tokens=tokens)
+    net, _ = build(cfg)
+    x0, y = batch(cfg)
+    r = numbers(cfg)
+    xt = x0 + r['sigma'].view(-1, 1, 1) * r['noise']
+    found = model.collapse(net, x0, xt, r['sigma'], y, r['visible'], cfg)
+    expected = {'output': 0, 'encoder': 0, 'patches': 0}
+    patches_on = tokens == 'both'
+    for b in range(2):
+        s, seen = r['sigma'][b], r['visible'][b].tolist()
+        scale, c_out = (s ** 2 + 0.25).sqrt(), 0.5 * s / (s ** 2 + 0.25).sqrt()
+        F = {gains: plain_net(net, xt[b] / scale, s.log() / 4, y[b], seen, x0[b] / 0.5, gains)[0][seen]
+             for gains in ((1, patches_on), (0, patches_on), (1, 0))}
+        D = 0.25 / (s ** 2 + 0.25) * xt[b][seen] + c_out * F[1, patches_on]
+        expected['output'] += (D ** 2).sum()
+        expected['encoder'] += ((c_out * (F[1, patches_on] - F[0, patches_on])) ** 2).sum()
+        expected['patches'] += ((c_out * (F[1, patches_on] - F[1, 0])) ** 2).sum()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-9)
+    assert found['encoder'] > 0 and (found['patches'] > 0) == patches_on
+
+
+# --------------------------------------------------------------------------- configurations and checkpoints
+
+@pytest.mark.parametrize('changes, words', [
+    *(({'model': name}, '--model') for name in ('XL', 'XL/3', 'M/2', '/2', 'XL/2/2')),
+    ({'model': 'T/8', 'resolution': 12}, 'do not divide'),
+    ({'mask_ratio': 0.95}, '--mask-ratio 0.95 leaves none of the 16 tokens'),
+])
+def test_wrong_configurations(changes, words):
+    with pytest.raises(model.BadInput, match=words):
+        config(**changes)
+
+
+def saved(path, cfg, **changes):
+    """A checkpoint as train.py writes it, without what only training needs."""
+    torch.save({'ema': randomise(model.Net(cfg)).state_dict(), 'step': 7,
+                'config': dataclasses.asdict(cfg)} | changes, path)
     return path
 
 
 def test_checkpoint_round_trip(tmp_path):
-    cfg = config()
-    path = saved(tmp_path, cfg)
+    """The same bits and the same configuration; a network to be overwritten draws no random numbers."""
+    cfg = config(class_names=('a', 'b'), tuned_from='x.pt')
+    path, before = saved(tmp_path / 'x.pt', cfg), torch.get_rng_state()
     net, read = model.load_net(path)
-    assert read == cfg
-    assert (
-        all(torch.equal(a, b) for a, b in zip(net.parameters(), randomise(model.Net(cfg)).parameters()))
-        is False
-    )
-    state = torch.load(path, weights_only=True)['ema']
-    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), before) and read == cfg and not net.training
+    assert same(dict(net.state_dict()), dict(torch.load(path, weights_only=True)['ema']))
+    assert not any(p.requires_grad for p in net.parameters())
+    assert model.read_checkpoint(path)['step'] == 7
 
 
-def test_reading_a_checkpoint_draws_nothing(tmp_path):
-    """Random weights to be overwritten take seconds at XL/2."""
-    path = saved(tmp_path, config())
-    before = torch.get_rng_state()
-    model.load_net(path)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_a_field_that_an_older_file_lacks_takes_its_default(tmp_path):
+    cfg = dataclasses.asdict(config(unmasked=0.5))
+    path = saved(tmp_path / 'x.pt', config(), config={k: v for k, v in cfg.items() if k != 'unmasked'})
+    assert model.load_net(path)[1].unmasked == 0
 
 
-@pytest.mark.parametrize(
-    'spoil', ['missing', 'folder', 'text', 'empty', 'truncated', 'flipped', 'other', 'misfit', 'code']
-)
-def test_bad_checkpoints_are_refused(tmp_path, spoil):
-    path = saved(tmp_path, config(model='T/4'))
-    canary = tmp_path / 'canary'
-    content = bytearray(path.read_bytes())
-    if spoil == 'missing':
-        path = tmp_path / 'none.pt'
-    elif spoil == 'folder':
-        path = tmp_path
-    elif spoil == 'text':
-        path.write_text('<html>not found</html>')
-    elif spoil == 'empty':
-        path.write_bytes(b'')
-    elif spoil == 'truncated':
-        path.write_bytes(content[: len(content) // 2])
-    elif spoil == 'flipped':
-        content[len(content) // 2] ^= 1  # torch.load would not notice
-        path.write_bytes(content)
-    elif spoil == 'other':
-        torch.save({'weights': torch.zeros(3)}, path)
-    elif spoil == 'misfit':
-        path = saved(tmp_path, config(model='T/4'), config=config(model='T/2'))
-    elif spoil == 'code':
+class Payload:
+    """Opens, and so makes, a file where it is unpickled."""
 
-        class Payload:
-            def __reduce__(self):
-                return open, (str(canary), 'w')
+    def __init__(self, canary):
+        self.canary = str(canary)
 
-        torch.save({'ema': Payload(), 'step': 1, 'config': {}}, path)
-    with pytest.raises(model.BadInput) as refusal:
+    def __reduce__(self):
+        return open, (self.canary, 'w')
+
+
+BAD_FILES = {                                 # what is done to a good file, words of the sentence
+    'missing': (lambda path: path.unlink(), 'there is no checkpoint'),
+    'text': (lambda path: path.write_text('<html>not found</html>'), 'is not a checkpoint'),
+    'truncated': (lambda path: path.write_bytes(path.read_bytes()[:99_999]), 'or is truncated'),
+    'other': (lambda path: torch.save({'weights': torch.zeros(3)}, path), 'is no checkpoint of'),
+    'misfit': (lambda path: saved(path, config(model='T/4'), config=dataclasses.asdict(config())),
+               'does not fit a mcdit T/2'),
+    'first edition': (lambda path: torch.save({'ema': {'patch_embed.weight': torch.zeros(2)}, 'step': 1,
+                                               'config': {'method': 'mcdit'}}, path), 'first edition'),
+    'newer': (lambda path: saved(path, config(), config=dataclasses.asdict(config()) | {'warmth': 3}),
+              'later version.*warmth'),
+    'code': (lambda path: torch.save({'ema': Payload(path.parent / 'canary'), 'step': 1}, path),
+             'more than tensors'),
+}
+
+
+@pytest.mark.parametrize('spoil', BAD_FILES)
+def test_bad_checkpoints(tmp_path, spoil):
+    path = saved(tmp_path / 'x.pt', config('dit', model='T/4'))
+    change, words = BAD_FILES[spoil]
+    change(path)
+    with pytest.raises(model.BadInput, match=words) as error:
         model.load_net(path)
-    assert '\n' not in str(refusal.value) and str(path) in str(refusal.value)
-    assert not canary.exists()
+    assert '\n' not in str(error.value) and str(path) in str(error.value)
+    assert not (tmp_path / 'canary').exists()
