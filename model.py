@@ -874,7 +874,7 @@ def translate(state, path):
     tables = tables or {'ema': state if isinstance(state, dict) else {}}      # or the weights alone
     tables = {name: {strip(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
               for name, weights in tables.items()}
-    weights = tables.get('ema') or tables.get('model')
+    weights = tables.get('ema') or tables.get('model') or {}
     check('en_inblocks.0.attn.qkv.weight' not in weights, f'{path} is MDT version 2, another network: version '
           f'1 (mdt_xl2_v1_ckpt.pt) can be read')
     needed = ('x_embedder.proj.weight', 'blocks.0.attn.qkv.weight', 'final_layer.linear.weight',
