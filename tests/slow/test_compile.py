@@ -11,7 +11,7 @@ import model
 
 pytestmark = pytest.mark.slow                 # the compiler takes half a minute per method
 
-# encoder, decoder, EMA network without gradient; MDT's blocks are alike, but masked in one pass and not in the other
+# encoder, decoder, EMA network without gradient; MDT: blocks without a mask, blocks under one
 GRAPHS = {'dit': 1, 'maskdit': 2, 'mdt': 2, 'sddit': 3, 'mcdit': 3}
 
 
