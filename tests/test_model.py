@@ -340,8 +340,8 @@ def test_parameter_counts(method, size, changes, parameters):
 
 
 def test_parameter_counts_of_the_ema_networks():
-    """MC-DiT: the paper's 786 M have room for one decoder, not two; fixed position tables, copied with it, are
-    not counted. SD-DiT's head is DINO's without the 8192 gains, which are fixed at 1."""
+    """MC-DiT: the paper's 786 M have room for one decoder, not two; the fixed position tables, copied with
+    it, are not counted. SD-DiT's head is DINO's without the 8192 gains, which are fixed at 1."""
     with torch.device('meta'):
         net, cfg = model.Net(official('mcdit', 'XL')), official('mcdit', 'XL')
         teacher = model.make_teacher(net, cfg)
