@@ -82,6 +82,16 @@ def same(a, b):
     return a == b
 
 
+class Payload:
+    """Makes the file `canary` where it is unpickled: the code in a harmful checkpoint."""
+
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return open, (self.canary, 'w')
+
+
 # ----------------------------------------------------------------------------------------- data and runs
 
 @pytest.fixture(scope='session')

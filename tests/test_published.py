@@ -8,6 +8,7 @@ import numpy as np
 import plain
 import pytest
 import torch
+from conftest import Payload
 from torch.nn import functional
 
 import model
@@ -224,16 +225,6 @@ def test_files_that_fit_nothing(tmp_path, spoil, words):
     with pytest.raises(model.BadInput, match=words) as error:
         model.load_net(tmp_path / 'x.pt')
     assert '\n' not in str(error.value) and str(tmp_path / 'x.pt') in str(error.value)
-
-
-class Payload:
-    """Opens, and so makes, a file where it is unpickled."""
-
-    def __init__(self, canary):
-        self.canary = str(canary)
-
-    def __reduce__(self):
-        return open, (self.canary, 'w')
 
 
 def test_no_code_runs_from_a_namespace(tmp_path):
