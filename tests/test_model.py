@@ -207,7 +207,7 @@ LOSSES = [                                    # method, changes of the configura
 ]
 
 
-@pytest.mark.parametrize('method, changes, weights', LOSSES)
+@pytest.mark.parametrize('method, changes, weights', LOSSES, ids=['-'.join((m, *c)) for m, c, _ in LOSSES])
 @torch.no_grad()
 def test_loss(method, changes, weights):
     """Every term and its weight. sddit is at step 3 of 100, where the teacher's temperature still rises, and
