@@ -664,7 +664,8 @@ def test_teacher_update(changes, decays, monkeypatch):
 
 
 def test_centers_follow_the_teachers_mean(monkeypatch):
-    """SD-DiT: momentum 0.9, once per optimizer step, micro-batches together, of [CLS] and of all patches."""
+    """SD-DiT: momentum 0.9, once per optimizer step, micro-batches and ranks together, of [CLS] and of all
+    patches."""
     monkeypatch.setattr(model, 'PROTOTYPES', 16)
     cfg = config('sddit')
     net, teacher = build(cfg)
@@ -680,6 +681,13 @@ def test_centers_follow_the_teachers_mean(monkeypatch):
         teacher(x[4:], c_noise[4:], y[4:])
         teacher.update(teacher, 0.0, skipped=False)
     assert close(teacher.centers, (1 - 0.9 ** 3) * mean, 1e-6)
+    for name, stand_in in (('is_initialized', lambda: True), ('get_world_size', lambda: 2),
+                           ('all_reduce', lambda mean: mean.add_(3.0))):      # the other rank's mean is 3
+        monkeypatch.setattr(model.dist, name, stand_in)
+    before = teacher.centers.clone()
+    teacher(x, c_noise, y)
+    teacher.update(teacher, 0.0, skipped=False)
+    assert close(teacher.centers, 0.9 * before + 0.1 * (mean + 3) / 2, 1e-6)
 
 
 @pytest.mark.parametrize('method', ['mcdit', 'sddit'])
