@@ -1,0 +1,174 @@
+"""The evidence harness and the benchmark: arithmetic on numbers that were made up, then the commands."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests/bench')]
+
+import bench
+import data
+import evidence
+import model
+
+pytestmark = pytest.mark.slow
+RATES = dict.fromkeys(evidence.ALL, 1e-3)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def registered():
+    """evidence.py's row `half`, head and decoder, for this file only."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((model, 'PROTOTYPES'), (model, 'DECODER'), (model.Head, '__init__')):
+            patch.setattr(owner, name, getattr(owner, name))
+        patch.setitem(model.METHODS, 'half', None)
+        evidence.register()
+        yield
+
+
+def test_paired_interval():
+    a, b = {0: 2.0, 1: 4.0, 2: 6.0, 3: 8.0, 4: 10.0, 5: 99.0}, {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 5.0}
+    mean, width = evidence.paired(a, b)                                       # differences 1 to 5; seed 5 has no pair
+    assert mean == 3 and width == pytest.approx(2.7764451052 * math.sqrt(2.5 / 5))
+    assert math.isnan(evidence.paired({0: 1.0}, {0: 3.0})[1]) and evidence.paired({0: 1.0}, {0: 3.0})[0] == -2
+
+
+def test_table():
+    one = {'masked_steps': 30, 'tuning_steps': 10, 'petaflops': 0.5}
+    found = {name: {seed: one | {'frechet': value} for seed, value in enumerate(values)}
+             for name, values in (('mcdit', (10.0, 12.0)), ('dit', (11.0, 15.0)))}
+    text = evidence.table(found, 'equal images', evidence.against('mcdit', 'dit', 'mdt'), ('frechet', 'eyes'))
+    assert '| mcdit | 2 | 30 + 10 | 0.5 | 11 ± 1.41 |  |' in text
+    assert '| dit | 2 | 30 + 10 | 0.5 | 13 ± 2.83 | +2 [-10.7, 14.7] against mcdit |' in text    # t = 12.706
+    assert '| mdt | 0 |' in text and 'eyes' not in text
+
+
+@pytest.mark.parametrize('key', evidence.QUESTIONS)
+def test_questions_ask_for_runs_that_exist(key):
+    question = evidence.QUESTIONS[key]
+    assert all(name in evidence.ROWS for name in evidence.rows_of(question))
+    assert all(len(rows) <= 6 for _, rows, _ in question['tables'])
+
+
+def forward(n, width, depth, c_width):
+    """FLOPs of DiT's blocks over n tokens."""
+    return depth * (2 * n * 12 * width ** 2 + 4 * n ** 2 * width + 2 * 6 * c_width * width)
+
+
+def test_equal_compute():
+    N, K, P, d, e = 16, 8, 4, 160, 64                                         # digits, T/2
+    c = 2 * (256 * d + d * d)
+    encoder = lambda n: 2 * n * P * d + forward(n, d, 6, d) + c
+    decoder = lambda n: (2 * n * d * e + 4 * d * d) + forward(N, e, 2, d) + (2 * N * e * P + 4 * d * e)
+    final = 2 * N * d * P + 4 * d * d
+    blind = 2 * P * d                                                         # inputs need no gradient
+    want = {'dit': 3 * (encoder(N) + final) - N * blind - 2 * 256 * d,
+            'half': 3 * (encoder(N) + final) - N * blind - 2 * 256 * d,
+            'maskdit': 3 * (encoder(K) + decoder(K)) - K * blind - 2 * 256 * d,
+            'mcdit': 3 * (encoder(K) + 2 * N * P * d + decoder(N)) - (K + N) * blind - 2 * 256 * d
+            + 2 * (2 * N * P * d + decoder(N))}
+    for method, flops in want.items():
+        assert evidence.flops('T/2', method, '', 8, 1) == flops
+    tuning = 3 * (encoder(N) + decoder(N)) - N * blind - 2 * 256 * d
+    assert evidence.flops('T/2', 'mcdit', '', 8, 1, 'tune') == tuning
+    assert evidence.flops('T/2', 'mcdit', '--unmasked 0.25', 8, 1) == 0.75 * want['mcdit'] + 0.25 * tuning
+
+    s = evidence.SETS['digits']
+    budget = evidence.steps_of('mcdit', s)[2]
+    assert budget == s['batch'] * (3000 * want['mcdit'] + 1000 * tuning)
+    for method in ('dit', 'maskdit'):
+        M, T, total = evidence.steps_of(f'{method}, equal compute', s)
+        assert T == 1000 and abs(total - budget) <= s['batch'] * want[method] / 2
+
+
+def test_half_loss_with_all_tokens_is_dits():
+    cfg = model.Config(method='half', model='T/2', resolution=8, channels=1, classes=10, batch=4, mask_ratio=0.0)
+    torch.manual_seed(0)
+    net, r = model.Net(cfg), model.random_numbers(cfg, 0)
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x0, y = torch.randn_like(r['noise']), torch.arange(4)
+    whole = model.dit_loss(net, None, x0, y, r, cfg)['denoise'][1]
+    assert torch.allclose(evidence.half_loss(net, None, x0, y, r, cfg)['denoise'][1], whole)
+    few = r | {'visible': r['visible'][:, :8]}
+    assert not torch.allclose(evidence.half_loss(net, None, x0, y, few, cfg)['denoise'][1], whole)
+
+
+@pytest.mark.parametrize('size', evidence.SIZES)
+@pytest.mark.parametrize('part', evidence.PARTS)
+def test_context_scores(part, size):
+    """Nearly all real shapes pass, with noise on their pixels too; with one part exchanged none does."""
+    label, score = evidence.PARTS[part]
+    noise = np.random.default_rng(1).normal(0, 4, (100, 3, size, size))
+    for broken, low, high in ((False, 0.97, 1.0), (True, 0.0, 0.03)):
+        images = (evidence.draw_class(label, size, 100, 7, broken) + noise).round().clip(0, 255)
+        passed = np.mean([score(evidence.coverage(image)) > evidence.threshold(part, size) for image in images])
+        assert low <= passed <= high
+
+
+def test_probe_is_the_denoiser(tmp_path):
+    """Its first and last way are training's and inference's, as model.denoise has them."""
+    cfg = model.Config(model='T/2', resolution=8, channels=3, classes=10)
+    torch.manual_seed(0)
+    net = model.Net(cfg)
+    for parameter in net.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    data.make_shapes(tmp_path / 'shapes', size=8, count=20)
+    dataset = data.Data(tmp_path / 'shapes')
+    dataset.trained, dataset.held_out = 0, 20
+    found = evidence.probe(net, cfg, dataset, cfg.K)
+    x0, y = dataset.rows(np.arange(20))
+    x0 = model.patchify(dataset.to_input(x0, None), 2)
+    rng = model.generator('cpu', 'probe')
+    visible, noise = torch.rand(20, 16, generator=rng).argsort(1)[:, :8], torch.randn(x0.shape, generator=rng)
+    sigma = torch.full((20,), evidence.train.EVAL_SIGMAS[3])
+    for way, given in ((evidence.WAYS[0], (visible, x0)), (evidence.WAYS[-1], ())):
+        D = model.denoise(net, x0 + sigma[0] * noise, sigma, y, cfg, *given)[0]
+        loss = model.take(model.loss_weight(sigma, 0.5) * (D - x0) ** 2, visible).mean()
+        assert found[way][3] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_runner_resumes(tmp_path, monkeypatch):
+    """Finished stages stay; what needs a failed one is not begun; the report is made of what there is."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (('masked', 3), ('tuned', 2), ('samples', 20)):
+        monkeypatch.setitem(evidence.SETS['digits'], name, value)
+    evidence.prepare('digits', 8)
+    chain = evidence.stages('digits', 'mcdit', 0, RATES)
+    assert evidence.carry_out(chain, jobs=1) == []
+    before = {stage.kind: stage.result.stat().st_mtime_ns for stage in chain}
+    chain[-1].result.unlink()
+    assert evidence.carry_out(chain + chain, jobs=2) == []
+    after = {stage.kind: stage.result.stat().st_mtime_ns for stage in chain}
+    assert [kind for kind in before if before[kind] != after[kind]] == ['measure']
+
+    bad = evidence.stages('digits', 'mcdit', 1, RATES | {'mcdit': -1.0})
+    assert evidence.carry_out(bad, jobs=2) == bad[:1] and not pathlib.Path(bad[1].folder).exists()
+    evidence.write_report('digits', ['Q1', 'Q2'], 2, RATES)
+    result = json.loads(chain[-1].result.read_text())
+    assert f'mcdit,0,frechet,{result["frechet"]}' in (tmp_path / 'results.csv').read_text().splitlines()
+    assert 'run in six ways: mcdit*' in (tmp_path / 'report.md').read_text() and (tmp_path / 'Q1.png').exists()
+
+
+def test_code_without_comments():
+    text = 'def f(x):\n    """Doc."""\n    return x + 1  # why\n'
+    assert evidence.without_docs(text) == evidence.without_docs('def f(x):\n    return (x + 1)\n')
+    assert evidence.without_docs(text) != evidence.without_docs('def f(x):\n    return x + 2\n')
+
+
+def test_bench_runs_its_whole_plan(tmp_path):
+    path = tmp_path / 'tiny.json'
+    command = [sys.executable, str(ROOT / 'tests/bench/bench.py'), '--tiny', '--json', str(path)]
+    subprocess.run(command, check=True, timeout=1200)
+    found = json.loads(path.read_text())
+    assert found.keys() == {'about', *bench.PLAN} and not [item for item in found if 'failed' in found[item]]
+    assert set(found['train mcdit']) == {'compiled', 'eager'} and found['profile']['steps']['kernels'] >= 0
+    assert found['resume']['SIGKILL']['largest_difference'] == found['resume']['SIGTERM']['largest_difference'] == 0
