@@ -264,7 +264,7 @@ def resume(s, record):
             start = time.perf_counter()
             if how != 'uninterrupted':
                 run = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-                while run.poll() is None and not (out / '0000016.pt').exists():
+                while run.poll() is None and not any(line.get('step') == 20 for line in train.read_log(out)):
                     time.sleep(0.02)
                 os.killpg(run.pid, getattr(signal, how))
                 run.wait()

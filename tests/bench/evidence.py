@@ -438,7 +438,8 @@ def measure(name, size, weights, samples, folder):
 
 # -------------------------------------------------------------------------------------------------- stages
 
-COST = {'start': 3.5, 'step': 0.012, 'speed': 60e9, 'measure': 5}    # core-seconds, and FLOP/s of a core
+COST = {'start': 3.5, 'step': 0.05, 'speed': 300e9, 'measure': 5}   # core-seconds, and FLOP/s of a core in bfloat16
+PASSES = {'mdt': 2, 'sddit': 1.6, 'mcdit': 1.3}                     # of networks per masked step; 1 for the others
 
 RESULT = {'train': 'weights.pt', 'tune': 'weights.pt', 'sample': 'samples.npz', 'measure': 'result.json'}
 FILES = {'train': ('model', 'data', 'sample', 'train'), 'tune': ('model', 'data', 'sample', 'train', 'finetune'),
@@ -490,12 +491,12 @@ def stages(set_name, name, seed, rates):
         chain.append(Stage(kind, folder, tuple(argv), needs, COST['start'] + seconds))
         return chain[-1]
 
-    def steps(count, flops_of_step):
-        return count * (COST['step'] + s['batch'] * flops_of_step / COST['speed'])
+    def steps(count, flops_of_step, passes=1):
+        return count * (passes * COST['step'] + s['batch'] * flops_of_step / COST['speed'])
 
     common = ['--data', dataset, '--batch', s['batch'], '--log-every', 100, '--eval-every', 10 ** 6,
               '--save-every', 1000, '--preview', 0]
-    last = add('train', steps(M, masked), '--method', row['method'], '--model', s['model'], '--seed', seed, '--steps', M, '--lr', rate,
+    last = add('train', steps(M, masked, PASSES.get(row['method'], 1)), '--method', row['method'], '--model', s['model'], '--seed', seed, '--steps', M, '--lr', rate,
                *common, *row['flags'].split(), out=('--out', '{}'))
     if T:
         last = add('tune', steps(T, tuning), last.result, '--steps', T, '--lr', rate / 2, '--lr-decay', 0.5, *common, out=('--out', '{}'))
