@@ -7,7 +7,8 @@
 A run is a command line of train.py, then finetune.py, then sample.py, and a measurement of its samples
 (measures.py). Each of these stages has a folder, named by the hash of its command line and of the code that
 it runs (comments and docstrings do not count), and a finished stage is never repeated. `report` writes
-results.csv, one line per (run, seed, metric, value), report.md and a figure per question.
+results.csv, one line per (run, seed, metric, value), report.md and a figure per question. Run it from a clone
+that nobody edits: a stage is a process of its own, and reads the code as it is when it starts.
 
 Rows and comparisons were fixed before the first run. A comparison is the paired difference over seeds: two
 runs of one seed share noise, masks and the order of data. Question 7, the learning rate, is run first, and

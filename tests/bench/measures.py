@@ -10,6 +10,7 @@
     loss@SIGMA                    loss at a noise level on unseen images, through the inference path
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -221,13 +222,15 @@ def probe(net, cfg, dataset, K):
     """Where does the gap of untuned mcdit sit? Loss on visible tokens of the same weights, run in six ways:
     {way: a number per noise level}."""
     sums, sd = torch.zeros(len(WAYS), len(train.EVAL_SIGMAS)), cfg.sigma_data
+    device = next(net.parameters()).device
     raw, y = dataset.rows(np.arange(dataset.held_out))
     x0 = model.patchify(dataset.to_input(raw, None), cfg.patch)
     rng = model.generator('cpu', 'probe')
     order, noise = torch.rand(len(x0), cfg.N, generator=rng).argsort(1), torch.randn(x0.shape, generator=rng)
+    x0, y, noise, order = (tensor.to(device) for tensor in (x0, y, noise, order))
     visible, masked = order[:, :K], order[:, K:]
     for j, level in enumerate(train.EVAL_SIGMAS):
-        sigma, xt = torch.full((len(x0),), level), x0 + level * noise
+        sigma, xt = torch.full((len(x0),), level, device=device), x0 + level * noise
         c_skip, c_out, c_in, c_noise = model.precondition(sigma, sd)
         c, embed = net.encoder.condition(c_noise, y), net.encoder.embed
         half, whole = net.encoder(c_in * xt, c, visible), net.encoder(c_in * xt, c)
@@ -248,12 +251,13 @@ def measure(key, name, size, weights, samples, folder):
     with np.load(samples) as file:
         images, labels = file['arr_0'].transpose(0, 3, 1, 2), file['arr_1']
     found = score(key, name, int(size), images[:, :SETS[name]['channels']], labels)
-    net, cfg = model.load_net(weights)
+    device = data.rank_world_device()[2]
+    net, cfg = model.load_net(weights, device)
     unseen = data.Data(f'{folder_of(name, size)}-unseen')
     unseen.trained, unseen.held_out = 0, unseen.count                         # none of it was trained on
     K = model.Config(resolution=cfg.resolution, model=cfg.model).K            # at ratio 0.5
     same = dataclasses.replace(cfg, seed=0, stage='tune')                     # the same noise for every run
-    losses = train.evaluate(net, same, unseen, 100, 0, 1, sample.pick_precision('auto', torch.device('cpu')))
+    losses = train.evaluate(net, same, unseen, 100, 0, 1, sample.pick_precision('auto', device))
     for level, value in zip(train.EVAL_SIGMAS, losses['held_out']):
         found[f'loss@{level:.2g}'] = value
     if cfg.method == 'mcdit':

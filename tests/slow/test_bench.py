@@ -1,6 +1,5 @@
 """The evidence harness and the benchmark: arithmetic on numbers that were made up, then the commands."""
 
-import dataclasses
 import json
 import math
 import pathlib
