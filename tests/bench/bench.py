@@ -5,8 +5,8 @@
     python tests/bench/bench.py --tiny --json tiny.json              # the same plan, tiny: does it run?
 
 The plan is a list of items, and each is a process of its own with a time limit: an item that fails or takes
-too long costs no other. A number is written to --json as soon as it is there; the same command again does what
-is missing. Training is timed in train.py's own loop, on random latents of 1000 classes, between its calls of
+too long costs no other. A number is written to --json as soon as it is there; to resume, run the same command
+again. Training is timed in train.py's own loop, on random latents of 1000 classes, between its calls of
 `model.loss_of_step`, one per step. No checkpoint is written and nothing is evaluated meanwhile.
 
     train METHOD    compiled and eager: seconds per step (median), images/s, share of the GPU's peak FLOP/s as

@@ -427,7 +427,8 @@ def paired(a, b):
 
 
 def column(found, name, metric):
-    return {seed: values[metric] for seed, values in found.get(name, {}).items() if metric in values}
+    values = {seed: metrics.get(metric, math.nan) for seed, metrics in found.get(name, {}).items()}
+    return {seed: value for seed, value in values.items() if not math.isnan(value)}
 
 
 def number(value):
