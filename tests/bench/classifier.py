@@ -4,8 +4,9 @@
     python tests/bench/classifier.py out/samples.npz                        # half a minute on two cores
 
 The shape classifier is trained on freshly drawn shapes of the samples' size and tested on others; then it
-prints, for each class, the share of the samples that it assigns to the class they were asked for. `evidence.py`
-trains the same network on digits, and computes Frechet distances in its features, which are not Inception's.
+prints, for each class, the share of the samples that it assigns to the class they were asked for.
+`evidence.py` trains the same network on digits, and computes Frechet distances in its features, which are not
+Inception's.
 """
 
 import argparse

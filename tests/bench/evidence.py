@@ -4,25 +4,26 @@
     python tests/bench/evidence.py run --set digits --seeds 5 --jobs 2              # Ctrl-C; again resumes
     python tests/bench/evidence.py report --set digits                              # at any time
 
-A run is a command line of train.py, then finetune.py, then sample.py, and a measurement of its samples. Each of
-these stages has a folder, named by the hash of its command line and of the code that it runs (comments and
-docstrings do not count), and a finished stage is never repeated. `report` writes results.csv, one line per
-(run, seed, metric, value), report.md and a figure per question.
+A run is a command line of train.py, then finetune.py, then sample.py, and a measurement of its samples
+(measures.py). Each of these stages has a folder, named by the hash of its command line and of the code that
+it runs (comments and docstrings do not count), and a finished stage is never repeated. `report` writes
+results.csv, one line per (run, seed, metric, value), report.md and a figure per question. Run it from a clone
+that nobody edits: a stage is a process of its own, and reads the code as it is when it starts.
 
-Rows and comparisons were fixed before the first run. A comparison is the paired difference over seeds: two runs
-of one seed share initial weights, noise and order of data. Question 7, the learning rate, is run first, and every
-other run of a method uses the rate that was best there; --rate takes one rate for all instead.
+Rows and comparisons were fixed before the first run. A comparison is the paired difference over seeds: two
+runs of one seed share noise, masks and the order of data. Question 7, the learning rate, is run first, and
+every other run of a method uses the rate that was best there; --rate takes one rate for all instead.
 
 Data sets, each of 10 classes:
-    digits   1,797 handwritten digits of 8 x 8 pixels, 1,500 to train on and 297 that no run sees. From "Optical
-             Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository
-             (doi.org/10.24432/C50P49), the test part, in the copy of scikit-learn; licence CC BY 4.0
-             (creativecommons.org/licenses/by/4.0). Levels 0 to 16 were scaled to 0 to 255 in digits.npz.
+    digits   1,797 handwritten digits of 8 x 8 pixels, 1,500 to train on and 297 that no run sees. From
+             "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning
+             Repository (doi.org/10.24432/C50P49), the test part, in the copy of scikit-learn; licence CC BY
+             4.0 (creativecommons.org/licenses/by/4.0). digits.npz has its levels 0 to 16 scaled to 0 to 255.
     shapes   the drawn shapes of data.py, of 12 pixels and for question 8 of 16 and 24
-    large    the same of 32 pixels, for a GPU; question 1 only
+    large    the same of 32 pixels, for a GPU
 
-Equal compute is equal FLOPs of training and tuning together, as counted by bench.py; the budget is that of mcdit.
-SD-DiT's head is narrowed, so that it weighs against T what 2048, 2048, 256 and 8192 weigh against XL/2.
+Equal compute is equal FLOPs of training and tuning together, as counted by bench.py; mcdit's are the budget.
+SD-DiT's head is narrowed: it weighs against T about what 2048, 2048, 256 and 8192 weigh against XL/2.
 Frechet distances in the shape classifier's features are not FIDs.
 """
 
@@ -51,39 +52,31 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests/bench')]
 
 import numpy as np
-import scipy.ndimage
 import scipy.stats
 import torch
 from torch import nn
 
 import bench
-import classifier
 import data
-import fid
 import finetune
 import model
 import sample
 import train
-from model import BadInput, check
+from measures import SETS, WAYS, folder_of, measure, prepare
+from model import check
 
 # -------------------------------------------------------------------------------------- data sets, questions
 
-SETS = {
-    'digits': dict(model='T/2', size=8, channels=1, batch=64, masked=3000, tuned=1000, rates=(5e-4, 1e-3, 2e-3),
-                   samples=1500, reference=1500, unseen=297),
-    'shapes': dict(model='T/2', size=12, channels=3, batch=64, masked=8000, tuned=2000, rates=(5e-4, 1e-3, 2e-3),
-                   samples=2000, reference=5000, unseen=500, images=20_000),
-    'large': dict(model='S/2', size=32, channels=3, batch=256, masked=2000, tuned=500, rates=(2e-4, 4e-4, 8e-4),
-                  samples=2000, reference=5000, unseen=500, images=50_000)}
 SIZES = (12, 16, 24)                          # pixels of the shapes in question 8
 SAMPLER_STEPS = 18
 ALL = ('dit', 'half', 'maskdit', 'mdt', 'sddit', 'mcdit')       # half: dit whose loss sees half of the tokens
 
 
 def run(name, method, flags='', masked=1.0, tuned=1.0, equal=False, rate=None, size=None):
-    """masked, tuned: lengths in units of the data set's; equal: as many masked steps as mcdit's compute allows;
-    rate: number of the learning rate, None for the best; size: pixels, None for the data set's."""
-    return {name: dict(method=method, flags=flags, masked=masked, tuned=tuned, equal=equal, rate=rate, size=size)}
+    """masked, tuned: lengths in units of the data set's; equal: as many masked steps as mcdit's compute
+    allows; rate: number of the learning rate, None for the best; size: pixels, None for the data set's."""
+    return {name: dict(method=method, flags=flags, masked=masked, tuned=tuned, equal=equal, rate=rate,
+                       size=size)}
 
 
 def both(name, method, flags):
@@ -91,6 +84,7 @@ def both(name, method, flags):
     return run(name, method, flags) | run(f'{name}, untuned', method, flags, tuned=0)
 
 
+FIVE, BOTH = tuple(m for m in ALL if m != 'half'), ('mcdit', 'maskdit')
 UNMASKED, RATIOS, THIRD = (0.05, 0.1, 0.25), (0.25, 0.75), 1 / 3
 ROWS = collections.ChainMap(
     *(both(m, m, '') for m in ALL),
@@ -100,16 +94,15 @@ ROWS = collections.ChainMap(
     both('no branch', 'mcdit', '--lambda-con1 0 --lambda-con2 0'),
     both('noisy branch', 'mcdit', '--lambda-con2 0'), both('clean branch', 'mcdit', '--lambda-con1 0'),
     both('EMA encoder', 'mcdit', '--teacher-encoder'),
-    *(run(f'{m} ratio {r}', m, f'--mask-ratio {r}', equal=True) for m in ('mcdit', 'maskdit') for r in RATIOS),
-    *(run(f'{m} rate {k}', m, masked=THIRD, tuned=THIRD, rate=k) for m in ALL if m != 'half' for k in range(3)),
+    *(run(f'{m} ratio {r}', m, f'--mask-ratio {r}', equal=True) for m in BOTH for r in RATIOS),
+    *(run(f'{m} rate {k}', m, masked=THIRD, tuned=THIRD, rate=k) for m in FIVE for k in range(3)),
     *(run(f'{name}, {size} pixels', name.split()[0], flags, masked=0.5, tuned=0.5, equal=True, size=size)
       for name, flags in (('dit', ''), ('maskdit', ''), ('mcdit', ''), ('mcdit 0.25', '--mask-ratio 0.25'))
       for size in SIZES),
-    *(run(f'{m} {bridge} x {length}', m, flags, masked=length, tuned=length) for m in ('mcdit', 'maskdit')
+    *(run(f'{m} {bridge} x {length}', m, flags, masked=length, tuned=length) for m in BOTH
       for bridge, flags in (('zero', ''), ('xavier', '--bridge xavier')) for length in (1, 3)))
 
 QUALITY = ('frechet', 'frechet_pixels', 'fidelity', 'precision', 'recall', 'nearest', 'loss@0.14', 'loss@2.8')
-CONTEXT = ('frechet', 'fidelity', 'eyes', 'bars', 'ring')
 SHORT = ('frechet', 'frechet_pixels', 'fidelity', 'loss@0.14', 'loss@2.8')
 
 
@@ -119,53 +112,64 @@ def against(base, *names):
 
 
 # Tables are (caption, [(row, the row it is compared with)], metrics); figures (kind, ...), see `draw`
+SMALL = ('digits', 'shapes')
 QUESTIONS = {
-    'Q1': dict(title='Which method is best, at equal images and at equal compute?', seeds=5,
-               sets=('digits', 'shapes', 'large'), tables=[
-                   ('equal images', against('mcdit', *ALL[:-1]), QUALITY),
-                   ('equal compute', against('mcdit, equal compute', *(f'{m}, equal compute' for m in ALL[:-1])),
-                    QUALITY)], figure=('noise', 'loss against that of mcdit, equal compute', 1)),
-    'Q2': dict(title='What does tuning do, and what does its absence cost?', seeds=5, sets=('digits', 'shapes'),
-               tables=[('untuned, compared with tuned', [(f'{m}, untuned', m) for m in ALL], QUALITY)],
-               figure=('noise', 'loss untuned against tuned', 0), probe=('mcdit, untuned', 'mcdit')),
-    'Q3': dict(title='Is tuning still needed where a share of the steps masks nothing (--unmasked)?', seeds=5,
-               sets=('digits', 'shapes'), tables=[
-                   (f'{kind or "tuned"}'.strip(', '), against(f'mcdit{kind}', *(
-                       f'mcdit unmasked {u}{kind}' for u in UNMASKED), f'maskdit{kind}',
-                       f'maskdit unmasked 0.1{kind}'), SHORT) for kind in ('', ', untuned')],
-               figure=('x', 'share of the steps that mask nothing', {
-                   f'{m}{kind}': [(0, f'{m}{kind}'), *((u, f'{m} unmasked {u}{kind}') for u in shares)]
-                   for m, shares in (('mcdit', UNMASKED), ('maskdit', (0.1,))) for kind in ('', ', untuned')})),
-    'Q4': dict(title='What do the two EMA branches do?', seeds=3, sets=('digits', 'shapes'), tables=[
-                   (f'{kind or "tuned"}'.strip(', '), against(f'no branch{kind}', *(f'{b}{kind}' for b in (
-                       'noisy branch', 'clean branch', 'mcdit', 'EMA encoder'))), SHORT)
-                   for kind in ('', ', untuned')], figure=('noise', 'loss against that without a branch', 0)),
-    'Q5': dict(title='Which mask ratio is best at equal compute?', seeds=3, sets=('digits', 'shapes'), tables=[
-                   (m, against(f'{m}, equal compute', *(f'{m} ratio {r}' for r in RATIOS)), SHORT)
-                   for m in ('mcdit', 'maskdit')], figure=('x', 'mask ratio', {
-                       m: [(0.25, f'{m} ratio 0.25'), (0.5, f'{m}, equal compute'), (0.75, f'{m} ratio 0.75')]
-                       for m in ('mcdit', 'maskdit')})),
-    'Q6': dict(title='Does the clean context teach context: equal eyes, equal bars, closed rings?', seeds=3,
-               sets=('shapes',), tables=[('equal images', against('maskdit', 'dit', 'half', 'mdt', 'sddit',
-                                                                  'mcdit'), CONTEXT)],
-               figure=('metrics', 'share of the images with equal eyes (1), equal bars (2), closed ring (3)',
-                       ('eyes', 'bars', 'ring'))),
-    'Q7': dict(title='Which learning rate suits each method, at a third of the length?', seeds=3,
-               sets=('digits', 'shapes', 'large'),
-               tables=[(m, against(f'{m} rate 1', f'{m} rate 0', f'{m} rate 2'), SHORT[:3])
-                       for m in ALL if m != 'half'], figure=('x', 'learning rate', {
-                           m: [(k, f'{m} rate {k}') for k in range(3)] for m in ALL if m != 'half'})),
-    'Q8': dict(title='Does the order change with the number of tokens, at equal compute?', seeds=1,
-               sets=('shapes',), tables=[(f'{s} pixels, {s * s // 4} tokens', against(
-                   f'mcdit, {s} pixels', *(f'{m}, {s} pixels' for m in ('dit', 'maskdit', 'mcdit 0.25'))), SHORT)
-                   for s in SIZES], figure=('x', 'tokens', {
-                       m: [(s * s // 4, f'{m}, {s} pixels') for s in SIZES]
-                       for m in ('dit', 'maskdit', 'mcdit', 'mcdit 0.25')})),
-    'Q9': dict(title='How should the bridge start, and does length change that?', seeds=3, sets=('digits',), tables=[
-                   (m, [(f'{m} {bridge} x {n}', f'{m} zero x {n}') for n in (1, 3) for bridge in ('zero', 'xavier')],
-                    SHORT) for m in ('mcdit', 'maskdit')], figure=('x', 'length of masked training and tuning', {
-                        f'{m} {bridge}': [(n, f'{m} {bridge} x {n}') for n in (1, 3)]
-                        for m in ('mcdit', 'maskdit') for bridge in ('zero', 'xavier')}))}
+    'Q1': dict(
+        title='Which method is best, at equal images and at equal compute?', seeds=5, sets=SETS,
+        tables=[('equal images', against('mcdit', *ALL[:-1]), QUALITY),
+                ('equal compute', against(*(f'{m}, equal compute' for m in ALL[::-1])), QUALITY)],
+        figure=('noise', 'loss against that of mcdit, equal compute', 1)),
+    'Q2': dict(
+        title='What does tuning do, and what does its absence cost?', seeds=5, sets=SMALL,
+        tables=[('untuned, compared with tuned', [(f'{m}, untuned', m) for m in ALL], QUALITY)],
+        figure=('noise', 'loss untuned against tuned', 0), probe=('mcdit, untuned', 'mcdit')),
+    'Q3': dict(
+        title='Is tuning still needed where a share of the steps masks nothing (--unmasked)?', seeds=5,
+        sets=SMALL, tables=[
+            (kind or ', tuned', against(*(f'{name}{kind}' for name in (
+                'mcdit', *(f'mcdit unmasked {u}' for u in UNMASKED), 'maskdit', 'maskdit unmasked 0.1'))),
+             SHORT)
+            for kind in ('', ', untuned')],
+        figure=('x', 'share of the steps that mask nothing', {
+            f'{m}{kind}': [(0, f'{m}{kind}'), *((u, f'{m} unmasked {u}{kind}') for u in shares)]
+            for m, shares in (('mcdit', UNMASKED), ('maskdit', (0.1,))) for kind in ('', ', untuned')})),
+    'Q4': dict(
+        title='What do the two EMA branches do?', seeds=3, sets=SMALL, tables=[
+            (kind or ', tuned', against(*(f'{name}{kind}' for name in (
+                'no branch', 'noisy branch', 'clean branch', 'mcdit', 'EMA encoder'))), SHORT)
+            for kind in ('', ', untuned')],
+        figure=('noise', 'loss against that without a branch', 0)),
+    'Q5': dict(
+        title='Which mask ratio is best at equal compute?', seeds=3, sets=SMALL,
+        tables=[(m, against(f'{m}, equal compute', *(f'{m} ratio {r}' for r in RATIOS)), SHORT)
+                for m in BOTH],
+        figure=('x', 'mask ratio', {
+            m: [(0.25, f'{m} ratio 0.25'), (0.5, f'{m}, equal compute'), (0.75, f'{m} ratio 0.75')]
+            for m in BOTH})),
+    'Q6': dict(
+        title='Does the clean context teach context: equal eyes, equal bars, closed rings?', seeds=3,
+        sets=('shapes',), tables=[('equal images', against(
+            'maskdit', 'dit', 'half', 'mdt', 'sddit', 'mcdit'), ('eyes', 'bars', 'ring', 'fidelity'))],
+        figure=('metrics', 'share of the images with equal eyes (1), equal bars (2), a closed ring (3)',
+                ('eyes', 'bars', 'ring'))),
+    'Q7': dict(
+        title='Which learning rate suits each method, at a third of the length?', seeds=3, sets=SETS,
+        tables=[(m, against(f'{m} rate 1', f'{m} rate 0', f'{m} rate 2'), SHORT) for m in FIVE],
+        figure=('x', 'learning rate', {m: [(k, f'{m} rate {k}') for k in range(3)] for m in FIVE})),
+    'Q8': dict(
+        title='Does the order change with the number of tokens, at equal compute?', seeds=1, sets=('shapes',),
+        tables=[(f'{size} pixels, {size * size // 4} tokens', against(*(
+            f'{m}, {size} pixels' for m in ('mcdit', 'dit', 'maskdit', 'mcdit 0.25'))), SHORT)
+                for size in SIZES],
+        figure=('x', 'tokens', {m: [(size * size // 4, f'{m}, {size} pixels') for size in SIZES]
+                                for m in ('dit', 'maskdit', 'mcdit', 'mcdit 0.25')})),
+    'Q9': dict(
+        title='How should the bridge start, and does length change that?', seeds=3, sets=('digits',),
+        tables=[(m, [(f'{m} {bridge} x {n}', f'{m} zero x {n}') for n in (1, 3)
+                     for bridge in ('zero', 'xavier')], SHORT) for m in BOTH],
+        figure=('x', 'length of masked training and tuning', {
+            f'{m} {bridge}': [(n, f'{m} {bridge} x {n}') for n in (1, 3)]
+            for m in BOTH for bridge in ('zero', 'xavier')}))}
 
 
 def rows_of(question):
@@ -177,7 +181,7 @@ def rows_of(question):
 # -------------------------------------------------------------------- what the runner adds to the methods
 
 def half_loss(net, teacher, x0, y, r, cfg):
-    """dit's, of which a random half of the tokens counts: nothing is masked, but half the targets are gone."""
+    """dit's on a random half of the tokens: nothing is masked, but half of the targets are gone."""
     xt, y = model.corrupt(x0, y, r, cfg)
     D, *_ = model.denoise(net, xt, r['sigma'], y, cfg)
     w = model.loss_weight(r['sigma'], cfg.sigma_data)
@@ -200,8 +204,9 @@ def register():
 def flops(model_name, method, flags, size, channels, stage='train'):
     """FLOPs of one step per image: of masked training, or of tuning."""
     given, columns = vars(train.parse(['--method', method, *flags.split()])), model.METHODS[method]
-    cfg = model.Config(method=method, model=model_name, resolution=size, channels=channels, classes=10, batch=1,
-                       **{'mask_ratio': columns.mask_ratio} | {k: given[k] for k in columns.flags if k in given})
+    fields = {'mask_ratio': columns.mask_ratio} | {k: given[k] for k in columns.flags if k in given}
+    cfg = model.Config(method=method, model=model_name, resolution=size, channels=channels, classes=10,
+                       batch=1, **fields)
     if stage == 'tune':
         cfg = dataclasses.replace(cfg, stage='tune', mask_ratio=0.0)
         return bench.training_flops(cfg, model.dit_loss)
@@ -213,244 +218,32 @@ def steps_of(name, s):
     """(masked steps, tuning steps, FLOPs of all of them) of a run in the data set s."""
     row, size = ROWS[name], ROWS[name]['size'] or s['size']
     M, T = round(row['masked'] * s['masked']), round(row['tuned'] * s['tuned'])
-    mine = [flops(s['model'], row['method'], row['flags'], size, s['channels'], stage) for stage in ('train', 'tune')]
+    count = lambda method, flags: [flops(s['model'], method, flags, size, s['channels'], stage)
+                                   for stage in ('train', 'tune')]
+    mine = count(row['method'], row['flags'])
     if row['equal']:
-        step, tune = (flops(s['model'], 'mcdit', '', size, s['channels'], stage) for stage in ('train', 'tune'))
+        step, tune = count('mcdit', '')
         M = round((M * step + T * tune - T * mine[1]) / mine[0])
     return M, T, s['batch'] * (M * mine[0] + T * mine[1])
 
 
-# -------------------------------------------------------------------------------------------- measurements
-
-def coverage(image):
-    """How much of each pixel (H, W) the shape covers: the background's colour is a plane, the paint's is one."""
-    _, H, W = image.shape
-    c = image.reshape(3, -1).T.astype(np.float64)                             # (H W, 3)
-    y, x = np.mgrid[:H, :W].reshape(2, -1)
-    plane = np.stack([np.ones(H * W), x, y], 1)
-    back = (x == 0) | (y == 0) | (x == W - 1) | (y == H - 1)
-    for _ in range(5):
-        ground = plane @ np.linalg.lstsq(plane[back], c[back], rcond=None)[0]
-        away = np.linalg.norm(c - ground, axis=1)
-        paint = c[away >= 0.9 * np.sort(away)[-max(3, H * W // 20)]].mean(0) - ground
-        a = ((c - ground) * paint).sum(1) / (paint ** 2).sum(1).clip(1)
-        back = a < 0.15
-    return a.clip(0, 1).reshape(H, W)
-
-
-def box(a):
-    """(left, right, top, bottom) of what is covered, to fractions of a pixel."""
-    ends = []
-    for line in (a.max(0), a.max(1)):
-        at = np.flatnonzero(line > 0.2)
-        first, last = (at[0], at[-1]) if len(at) else (0, len(line) - 1)
-        ends += [first + 1 - line[first], last + line[last]]
-    return ends
-
-
-def mass(a, left, right, top, bottom):
-    """The integral of a (H, W) over a rectangle."""
-    overlap = lambda n, low, high: (np.minimum(np.arange(n) + 1, high) - np.maximum(np.arange(n), low)).clip(0, 1)
-    return overlap(a.shape[0], top, bottom) @ a @ overlap(a.shape[1], left, right)
-
-
-def eyes(a):
-    """Area of the smaller eye by that of the larger."""
-    left, right, top, bottom = box(a)
-    x, y, r = (left + right) / 2, (top + bottom) / 2, (right - left + bottom - top) / 4 / 0.98
-    areas = [mass(1 - a, x + (k - 0.3) * r, x + (k + 0.3) * r, y - 0.58 * r, y + 0.02 * r) for k in (-0.38, 0.38)]
-    return min(areas) / max(*areas, 1e-9)
-
-
-def bars(a):
-    """Area of the smallest bar by that of the largest."""
-    left, right, top, bottom = box(a)
-    y, r = (top + bottom) / 2, (bottom - top) / 2 / 0.9
-    areas = [mass(a, left - 1, right + 1, y + (k - 0.35) * r, y + (k + 0.35) * r) for k in (-0.7, 0, 0.7)]
-    return min(areas) / max(*areas, 1e-9)
-
-
-def ring(a):
-    """Coverage where the ring is thinnest."""
-    left, right, top, bottom = box(a)
-    x, y, r = (left + right) / 2, (top + bottom) / 2, (right - left + bottom - top) / 4 / 0.95
-    angle = np.arange(48) * math.pi / 24
-    path = [y - 0.5 + 0.72 * r * np.sin(angle), x - 0.5 + 0.72 * r * np.cos(angle)]
-    return scipy.ndimage.map_coordinates(a, path, order=1, mode='nearest').min()
-
-
-PARTS = {'eyes': ('face', eyes), 'bars': ('bars', bars), 'ring': ('ring', ring)}
-BROKEN = {                                    # the same shapes with one part exchanged
-    'face': lambda x, y: (data.disc(x, y, 0.98) & ~data.disc(x, y, 0.2, 0.38, -0.28)
-                          & ~data.disc(x, y, 0.33, -0.38, -0.28) & ~data.box(x, y, 0.45, 0.14, 0, 0.42)),
-    'bars': lambda x, y: (data.box(x, y, 0.9, 0.2, 0, -0.7) | data.box(x, y, 0.5, 0.2, -0.4)
-                          | data.box(x, y, 0.9, 0.2, 0, 0.7)),
-    'ring': lambda x, y: (data.disc(x, y, 0.95) & ~data.disc(x, y, 0.5)
-                          & ~((abs(y - x) < 0.3) & (x + y > 0)))}
-
-
-def draw_class(label, size, count, seed, broken=False):
-    """`count` drawn shapes of one class, uint8 (n, 3, size, size)."""
-    whole = data.SHAPES[label]
-    data.SHAPES[label] = BROKEN[label] if broken else whole
-    try:
-        labels = np.full(count, list(data.SHAPES).index(label))
-        return data.draw_shapes(labels, size, np.random.default_rng(seed))
-    finally:
-        data.SHAPES[label] = whole
-
-
-@functools.lru_cache(maxsize=None)
-def threshold(part, size):
-    """Half-way between the medians of real shapes and of those with one part exchanged."""
-    label, score = PARTS[part]
-    medians = [np.median([score(coverage(image)) for image in draw_class(label, size, 200, 1005, broken)])
-               for broken in (False, True)]
-    return sum(medians) / 2
-
-
-def context(images, labels, predicted):
-    """The share of the images of a class, among those that show it, whose parts belong together."""
-    found, names = {}, list(data.SHAPES)
-    for part, (label, score) in PARTS.items():
-        mine = images[(labels == names.index(label)) & (predicted == names.index(label))]
-        reached = [score(coverage(image)) > threshold(part, images.shape[-1]) for image in mine]
-        found[part] = float(np.mean(reached)) if reached else math.nan
-    return found
-
-
-def digits():
-    """(images uint8 (1797, 1, 8, 8), labels) in an order that mixes the writers: the first 1,500 are trained on."""
-    with np.load(ROOT / 'tests/bench/digits.npz') as file:
-        order = np.random.default_rng(0).permutation(len(file['labels']))
-        return file['images'][order][:, None], file['labels'][order].astype(np.int64)
-
-
-def images_of(name, size, part):
-    """(images, labels) of a data set: 'train', 'reference' for Frechet distances, or 'unseen' by every run."""
-    s = SETS[name]
-    if name == 'digits':
-        images, labels = digits()
-        rows = slice(s['reference'], None) if part == 'unseen' else slice(s['reference'])
-        return images[rows], labels[rows]
-    if part == 'train':
-        folder = data.Data(f'shapes{size}')
-        return np.array(folder.array[:folder.trained]), folder.labels[:folder.trained]
-    return classifier.draw(size, s[part], seed={'reference': 1003, 'unseen': 1004}[part])
-
-
-def prepare(name, size):
-    """Data folders and the classifier in the current folder, and what unseen real images score."""
-    s, meta = SETS[name], {'kind': 'images', 'classes': 10}
-    folder = f'{"digits" if name == "digits" else "shapes"}{size}'
-    if not os.path.exists(folder) and name == 'digits':                       # the last 2 % are held out: 30
-        images, labels = (part[:1530] for part in digits())
-        data.save_folder(folder, zip(images, labels), 'uint8', (1, size, size), meta)
-    elif not os.path.exists(folder):
-        data.make_shapes(folder, size, s['images'])
-    if not os.path.exists(f'{folder}-unseen'):
-        images, labels = images_of(name, size, 'unseen')
-        data.save_folder(f'{folder}-unseen', zip(images, labels), 'uint8', images.shape[1:], meta)
-    key = code('measure')
-    if not os.path.exists(f'classifier{size}-{key}.pt'):
-        net = (classifier.train(*images_of(name, size, 'train'), epochs=20) if name == 'digits'
-               else classifier.shape_classifier(size)[0])
-        with data.whole_file(f'classifier{size}-{key}.pt') as file:
-            torch.save(net.state_dict(), file)
-    if not os.path.exists(f'real{size}-{key}.json'):
-        text = json.dumps(score(name, size, *images_of(name, size, 'unseen')))
-        with data.whole_file(f'real{size}-{key}.json') as file:
-            file.write(text.encode())
-
-
-def score(name, size, images, labels):
-    """Every metric of images uint8 (n, C, H, W) that were asked to be `labels`."""
-    net = classifier.network(images.shape[1], 10)
-    net.load_state_dict(torch.load(f'classifier{size}-{code("measure")}.pt', weights_only=True))
-    net.eval().requires_grad_(False)
-    real, _ = images_of(name, size, 'reference')
-    seen, mine = classifier.features(net, real), classifier.features(net, images)
-    predicted = classifier.predict(net, images).numpy()
-    precision, recall = fid.precision_recall(seen, mine, mode='exact')
-    found = {'frechet': fid.frechet_from_features(seen, mine), 'fidelity': float((predicted == labels).mean()),
-             'precision': precision, 'recall': recall}
-    flat = lambda images: torch.from_numpy(np.array(images)).flatten(1).double() / 255
-    if name == 'digits':
-        found['frechet_pixels'] = fid.frechet_from_features(flat(real), flat(images))
-    else:
-        found |= context(images, labels, predicted)
-    nearest = torch.full((len(images),), math.inf, dtype=torch.float64)       # root mean square over the values
-    for some in flat(images_of(name, size, 'train')[0]).split(5000):
-        nearest = torch.minimum(nearest, torch.cdist(flat(images), some).min(1).values)
-    return found | {'nearest': nearest.mean().item() / math.sqrt(images[0].size)}
-
-
-WAYS = ('clean patches fill, as in training', 'the same, all tokens encoded', 'noisy patches fill',
-        'two halves encoded apart', 'own estimate fills', 'inference')
-
-
-@torch.no_grad()
-def probe(net, cfg, dataset, K):
-    """Where does the gap of untuned mcdit sit? Loss on visible tokens of the same weights, run in six ways:
-    {way: a number per noise level}."""
-    sums, sd = torch.zeros(len(WAYS), len(train.EVAL_SIGMAS)), cfg.sigma_data
-    raw, y = dataset.rows(np.arange(dataset.held_out))
-    x0 = model.patchify(dataset.to_input(raw, None), cfg.patch)
-    rng = model.generator('cpu', 'probe')
-    order, noise = torch.rand(len(x0), cfg.N, generator=rng).argsort(1), torch.randn(x0.shape, generator=rng)
-    visible, masked = order[:, :K], order[:, K:]
-    for j, level in enumerate(train.EVAL_SIGMAS):
-        sigma, xt = torch.full((len(x0),), level), x0 + level * noise
-        c_skip, c_out, c_in, c_noise = model.precondition(sigma, sd)
-        c, embed = net.encoder.condition(c_noise, y), net.encoder.embed
-        half, whole = net.encoder(c_in * xt, c, visible), net.encoder(c_in * xt, c)
-        clean, noisy = embed(x0 / sd), embed(c_in * xt)
-        own = embed((c_skip * xt + c_out * net.decoder(whole, c)) / sd)
-        tokens = (model.put(clean, visible, half), model.put(clean, visible, model.take(whole, visible)),
-                  model.put(noisy, visible, half), model.put(
-                      model.put(noisy, visible, half), masked, net.encoder(c_in * xt, c, masked)),
-                  model.put(own, visible, half), whole)
-        for i, given in enumerate(tokens):
-            D = c_skip * xt + c_out * net.decoder(given, c)
-            sums[i, j] = model.take(model.loss_weight(sigma, sd) * (D - x0) ** 2, visible).mean()
-    return dict(zip(WAYS, sums.tolist()))
-
-
-def measure(name, size, weights, samples, folder):
-    """result.json of a run: metrics of its samples, held-out loss by noise level, and the probe for mcdit."""
-    with np.load(samples) as file:
-        images, labels = file['arr_0'].transpose(0, 3, 1, 2), file['arr_1']
-    found = score(name, int(size), images[:, :SETS[name]['channels']], labels)
-    net, cfg = model.load_net(weights)
-    unseen = data.Data(f'{"digits" if name == "digits" else "shapes"}{size}-unseen')
-    unseen.trained, unseen.held_out = 0, unseen.count                         # all of it, nothing was trained on
-    K = model.Config(resolution=cfg.resolution, model=cfg.model).K            # at ratio 0.5
-    same = dataclasses.replace(cfg, seed=0, stage='tune')                     # the same noise for every run
-    losses = train.evaluate(net, same, unseen, 100, 0, 1, sample.pick_precision('auto', torch.device('cpu')))
-    for level, value in zip(train.EVAL_SIGMAS, losses['held_out']):
-        found[f'loss@{level:.2g}'] = value
-    if cfg.method == 'mcdit':
-        for way, values in probe(net, cfg, unseen, K).items():
-            found |= {f'{way}@{level:.2g}': value for level, value in zip(train.EVAL_SIGMAS, values)}
-    with data.whole_file(f'{folder}/result.json') as file:
-        file.write(json.dumps(found, indent=1).encode())
-
-
 # -------------------------------------------------------------------------------------------------- stages
 
-COST = {'start': 3.5, 'step': 0.012, 'speed': 60e9, 'measure': 5}    # core-seconds, and FLOP/s of a core
+COST = {'start': 3.5, 'step': 0.05, 'speed': 300e9, 'measure': 5}   # core-seconds; FLOP/s of a core, bfloat16
+PASSES = {'mdt': 2, 'sddit': 1.6, 'mcdit': 1.3}                     # networks run per masked step; others 1
 
 RESULT = {'train': 'weights.pt', 'tune': 'weights.pt', 'sample': 'samples.npz', 'measure': 'result.json'}
-FILES = {'train': ('model', 'data', 'sample', 'train'), 'tune': ('model', 'data', 'sample', 'train', 'finetune'),
-         'sample': ('model', 'data', 'sample'), 'measure': ('model', 'data', 'train', 'fid', 'tests/bench/classifier')}
-OURS = {'measure': (coverage, box, mass, eyes, bars, ring, context, threshold, digits, images_of, score, probe, measure)}
+FILES = {'train': ('model', 'data', 'sample', 'train'),
+         'tune': ('model', 'data', 'sample', 'train', 'finetune'),
+         'sample': ('model', 'data', 'sample'),
+         'measure': ('model', 'data', 'train', 'fid', 'tests/bench/classifier', 'tests/bench/measures')}
 
 
 def without_docs(text):
     """The code of a file or function, in which comments, docstrings and layout do not count."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             node.body = node.body[1:]
     return ast.dump(tree)
 
@@ -459,7 +252,7 @@ def without_docs(text):
 def code(kind):
     """The hash of the code that a stage runs."""
     texts = [(ROOT / f'{name}.py').read_text() for name in FILES[kind]]
-    texts += [inspect.getsource(one) for one in OURS.get(kind, (half_loss, narrow_head, register))]
+    texts += [inspect.getsource(one) for one in (half_loss, narrow_head, register)]
     return hashlib.sha256('\n'.join(map(without_docs, texts)).encode()).hexdigest()[:12]
 
 
@@ -476,8 +269,10 @@ class Stage(NamedTuple):
 def stages(set_name, name, seed, rates):
     """The stages of a run, in order."""
     s, row = SETS[set_name], ROWS[name]
-    size, rate = row['size'] or s['size'], rates[row['method']] if row['rate'] is None else s['rates'][row['rate']]
-    dataset, (M, T, _) = f'{"digits" if set_name == "digits" else "shapes"}{size}', steps_of(name, s)
+    size, rate = row['size'] or s['size'], rates.get(row['method'])
+    if row['rate'] is not None:
+        rate = s['rates'][row['rate']]
+    dataset, (M, T, _) = folder_of(set_name, size), steps_of(name, s)
     masked, tuning = (flops(s['model'], row['method'], row['flags'], size, s['channels'], stage)
                       for stage in ('train', 'tune'))
     chain = []
@@ -490,19 +285,22 @@ def stages(set_name, name, seed, rates):
         chain.append(Stage(kind, folder, tuple(argv), needs, COST['start'] + seconds))
         return chain[-1]
 
-    def steps(count, flops_of_step):
-        return count * (COST['step'] + s['batch'] * flops_of_step / COST['speed'])
+    def steps(count, flops_of_step, passes=1):
+        return count * (passes * COST['step'] + s['batch'] * flops_of_step / COST['speed'])
 
     common = ['--data', dataset, '--batch', s['batch'], '--log-every', 100, '--eval-every', 10 ** 6,
               '--save-every', 1000, '--preview', 0]
-    last = add('train', steps(M, masked), '--method', row['method'], '--model', s['model'], '--seed', seed, '--steps', M, '--lr', rate,
-               *common, *row['flags'].split(), out=('--out', '{}'))
+    last = add('train', steps(M, masked, PASSES.get(row['method'], 1)), '--method', row['method'],
+               '--model', s['model'], '--seed', seed, '--steps', M, '--lr', rate, *common,
+               *row['flags'].split(), out=('--out', '{}'))
     if T:
-        last = add('tune', steps(T, tuning), last.result, '--steps', T, '--lr', rate / 2, '--lr-decay', 0.5, *common, out=('--out', '{}'))
+        last = add('tune', steps(T, tuning), last.result, '--steps', T, '--lr', rate / 2, '--lr-decay', 0.5,
+                   *common, out=('--out', '{}'))
     weights = last.result
     images = s['samples'] * (2 * SAMPLER_STEPS - 1) * tuning / 3
-    last = add('sample', images / COST['speed'], weights, '-n', s['samples'], '--balanced', '--steps', SAMPLER_STEPS, '--seed', seed,
-               '--batch', 100, out=('--npz', '{}/samples.npz', '--out', '{}/samples.png'))
+    last = add('sample', images / COST['speed'], weights, '-n', s['samples'], '--balanced',
+               '--steps', SAMPLER_STEPS, '--seed', seed, '--batch', 100,
+               out=('--npz', '{}/samples.npz', '--out', '{}/samples.png'))
     add('measure', COST['measure'], set_name, size, weights, last.result, out=('{}',))
     return chain
 
@@ -514,11 +312,11 @@ def do_stage(kind, folder, *argv):
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         if kind == 'measure':
-            return measure(*argv)
+            return measure(code('measure'), *argv)
         path = {'train': train, 'tune': finetune, 'sample': sample}[kind].main(list(argv))
         if kind != 'sample':
             state = model.read_checkpoint(path)
-            kept = {part: state[part] for part in ('model', 'ema', 'step') if part != 'model' or kind == 'train'}
+            kept = {part: state[part] for part in ('ema', 'step', *['model'] * (kind == 'train'))}
             with data.whole_file(f'{folder}/weights.pt') as file:
                 torch.save(kept | {'config': dataclasses.asdict(state['config'])}, file)
             for old in train.checkpoints(pathlib.Path(folder)):
@@ -529,7 +327,7 @@ def do_stage(kind, folder, *argv):
 
 
 def carry_out(todo, jobs):
-    """Run stages in up to `jobs` processes, each as soon as the stage it needs is done. Returns those that failed."""
+    """Run stages in `jobs` processes, each when the stage it needs is done. Returns those that failed."""
     todo = [stage for stage in dict.fromkeys(todo) if not stage.result.exists()]
     results = {stage.folder: stage.result for stage in todo}
     turn, running, failed, children = threading.Condition(), set(), [], set()
@@ -539,7 +337,8 @@ def carry_out(todo, jobs):
         while True:
             with turn:
                 while True:
-                    ready = [stage for stage in todo if stage.needs not in results or results[stage.needs].exists()]
+                    ready = [stage for stage in todo
+                             if stage.needs not in results or results[stage.needs].exists()]
                     if ready or not running:
                         break
                     turn.wait()
@@ -550,8 +349,9 @@ def carry_out(todo, jobs):
                 running.add(stage)
                 os.makedirs(stage.folder, exist_ok=True)
                 log = open(f'{stage.folder}/output.txt', 'ab')
-                child = subprocess.Popen([sys.executable, __file__, 'stage', stage.kind, stage.folder, *stage.argv],
-                                         stdout=log, stderr=log, env=os.environ | {'OMP_NUM_THREADS': '1'})
+                child = subprocess.Popen(
+                    [sys.executable, __file__, 'stage', stage.kind, stage.folder, *stage.argv], stdout=log,
+                    stderr=log, env=os.environ | {'OMP_NUM_THREADS': '1'})
                 children.add(child)
             child.wait()
             log.close()
@@ -591,7 +391,7 @@ def result(chain):
 
 
 def best_rates(set_name, seeds, given=None):
-    """{method: learning rate}: the best of question 7, by the mean Frechet distance; None until it is finished."""
+    """{method: learning rate}: the best of question 7 by mean Frechet distance, None until it is finished."""
     s, rates = SETS[set_name], {}
     for method in ALL:
         key = 'dit' if method == 'half' else method                           # the control shares dit's
@@ -627,7 +427,8 @@ def paired(a, b):
 
 
 def column(found, name, metric):
-    return {seed: values[metric] for seed, values in found.get(name, {}).items() if metric in values}
+    values = {seed: metrics.get(metric, math.nan) for seed, metrics in found.get(name, {}).items()}
+    return {seed: value for seed, value in values.items() if not math.isnan(value)}
 
 
 def number(value):
@@ -635,24 +436,29 @@ def number(value):
 
 
 def table(found, caption, rows, metrics):
-    """Markdown: mean and standard deviation of each metric, and the paired difference in the first one."""
+    """Markdown: mean and standard deviation of each metric; paired differences in Frechet distances, or where
+    the table has none, in its first metrics."""
+    caption = caption.strip(', ')
     metrics = [m for m in metrics if any(column(found, name, m) for name, _ in rows)]
     if not metrics:
         return f'*{caption}: not run yet*\n'
-    lines = [f'*{caption}*\n', f'| run | seeds | steps | PFLOP | {" | ".join(metrics)} | {metrics[0]}: difference '
-             f'[95 %] |', '|' + '---|' * (len(metrics) + 5)]
+    compared = [m for m in metrics if m.startswith('frechet')] or metrics[:3]
+    titles = ['run', 'seeds', 'steps', 'PFLOP', *metrics, *(f'{m}: difference [95 %]' for m in compared)]
+    lines = [f'*{caption}*\n', f'| {" | ".join(titles)} |', '|' + '---|' * len(titles)]
     for name, base in rows:
-        cells = []
+        one = next(iter(found.get(name, {}).values()), None)
+        cells = [name, f'{len(found.get(name, {}))}']
+        cells += ['', ''] if one is None else [f'{one["masked_steps"]} + {one["tuning_steps"]}',
+                                               number(one['petaflops'])]
         for metric in metrics:
             values = list(column(found, name, metric).values())
             spread = f' ± {number(np.std(values, ddof=1))}' if len(values) > 1 else ''
             cells.append(number(np.mean(values)) + spread if values else '')
-        mean, width = paired(column(found, name, metrics[0]), column(found, base, metrics[0]))
-        interval = '' if math.isnan(width) else f' [{number(mean - width)}, {number(mean + width)}]'
-        cells.append('' if name == base or math.isnan(mean) else f'{mean:+.3g}{interval} against {base}')
-        one = next(iter(found.get(name, {}).values()), None)
-        about = f'{one["masked_steps"]} + {one["tuning_steps"]} | {number(one["petaflops"])}' if one else ' | '
-        lines.append(f'| {name} | {len(found.get(name, {}))} | {about} | {" | ".join(cells)} |')
+        for metric in compared:
+            mean, width = paired(column(found, name, metric), column(found, base, metric))
+            interval = '' if math.isnan(width) else f' [{number(mean - width)}, {number(mean + width)}]'
+            cells.append('' if name == base or math.isnan(mean) else f'{mean:+.3g}{interval} against {base}')
+        lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines) + '\n'
 
 
@@ -664,7 +470,8 @@ def probe_table(found, name):
     rows = [f'| {way} | ' + ' | '.join(number(np.mean(list(column(found, name, f'{way}@{level}').values())))
                                        for level in levels) + ' |' for way in WAYS]
     return '\n'.join([f'*loss on visible tokens of the same weights, run in six ways: {name}*\n',
-                      f'| the decoder is given | {" | ".join(levels)} |', '|' + '---|' * (len(levels) + 1), *rows]) + '\n'
+                      f'| the decoder is given | {" | ".join(levels)} |', '|' + '---|' * (len(levels) + 1),
+                      *rows]) + '\n'
 
 
 def draw(path, title, question, found, rates):
@@ -691,8 +498,8 @@ def draw(path, title, question, found, rates):
         for name, points in about.items():
             xs = [rates[x] if label == 'learning rate' else x for x, _ in points]
             add(name, xs, [point(column(found, run, 'frechet').values()) for _, run in points])
-        return data.chart(path, title, series, label, 'Frechet distance', log_x=label in ('learning rate', 'tokens'),
-                          log_y=True)
+        return data.chart(path, title, series, label, 'Frechet distance',
+                          log_x=label in ('learning rate', 'tokens'), log_y=True)
     for name, _ in question['tables'][0][1]:
         add(name, list(range(1, len(about) + 1)), [point(column(found, name, m).values()) for m in about])
     return data.chart(path, title, series, label, 'share')
@@ -700,14 +507,16 @@ def draw(path, title, question, found, rates):
 
 def write_report(set_name, questions, seeds, rates):
     """results.csv, report.md and the figures, in the current folder."""
-    found = collect(set_name, dict.fromkeys(name for key in questions for name in rows_of(QUESTIONS[key])), seeds, rates)
+    names = dict.fromkeys(name for key in questions for name in rows_of(QUESTIONS[key]))
+    found = collect(set_name, names, seeds, rates)
     with open('results.csv', 'w', newline='') as file:
         lines = csv.writer(file)
         lines.writerow(['run', 'seed', 'metric', 'value'])
         lines.writerows((name, seed, metric, value) for name, of_seeds in found.items()
                         for seed, metrics in of_seeds.items() for metric, value in metrics.items())
-    text = [f'# {set_name}\n', 'Mean ± standard deviation over seeds, and paired differences over seeds with their '
-            '95 % interval. Learning rates: ' + ', '.join(f'{m} {rate}' for m, rate in rates.items()) + '.\n']
+    text = [f'# {set_name}\n', 'Mean ± standard deviation over seeds, and paired differences over seeds '
+            'with their 95 % interval. Learning rates: '
+            + ', '.join(f'{m} {rate}' for m, rate in rates.items()) + '.\n']
     for path in sorted(pathlib.Path('.').glob(f'real*-{code("measure")}.json')):
         real = {name: number(value) for name, value in json.loads(path.read_text()).items()}
         text.append(f'Real images that no run has seen, {path.stem.split("-")[0][4:]} pixels: {real}\n')
@@ -735,9 +544,9 @@ def parse(argv):
     flag('--jobs', type=int, default=2, help='processes of one thread each')
     flag('--rate', type=float, help='one learning rate for all methods; None: the best of question 7')
     flag('--out', default='evidence', help='folder for everything that is written')
-    flag('--list', action='store_true', help='print questions, runs and estimated core-minutes, and run nothing')
+    flag('--list', action='store_true', help='print questions, runs and estimated core-minutes')
     flag('--dirty', action='store_true', help='run although the working tree has uncommitted changes')
-    flag('--shorten', type=float, default=1.0, help='factor of all lengths and numbers of images, for a trial')
+    flag('--shorten', type=float, default=1.0, help='factor of all lengths and samples, for a trial')
     return parser.parse_args(argv)
 
 
@@ -752,16 +561,17 @@ def main(argv=None):
         s[name] = max({'samples': 20}.get(name, 2), round(s[name] * args.shorten))
     questions = [key for key, question in QUESTIONS.items() if args.set in question['sets']]
     asked = args.only.split(',') if args.only else questions
-    check(set(asked) <= set(questions), f'--only {args.only}: the questions of {args.set} are {", ".join(questions)}')
+    check(set(asked) <= set(questions),
+          f'--only {args.only}: the questions of {args.set} are {", ".join(questions)}')
     count = {key: min(args.seeds, QUESTIONS[key]['seeds']) for key in questions}
     if args.list:
-        known = set()
+        known, any_rate = set(), dict.fromkeys(ALL, args.rate or s['rates'][1])
         for key in sorted(asked, key=lambda key: key != 'Q7'):
             todo = {stage for seed in range(count[key]) for name in rows_of(QUESTIONS[key])
-                    for stage in stages(args.set, name, seed, dict.fromkeys(ALL, args.rate or s['rates'][1]))} - known
+                    for stage in stages(args.set, name, seed, any_rate)} - known
             known |= todo
-            print(f'{key}  {sum(stage.seconds for stage in todo) / 60:6.0f} core-minutes, {count[key]} seeds  '
-                  f'{QUESTIONS[key]["title"]}')
+            minutes = sum(stage.seconds for stage in todo) / 60
+            print(f'{key}  {minutes:6.0f} core-minutes, {count[key]} seeds  {QUESTIONS[key]["title"]}')
             for name in rows_of(QUESTIONS[key]):
                 M, T, total = steps_of(name, s)
                 print(f'      {name:28} {M:6} + {T:5} steps {total / 1e15:8.3f} PFLOP')
@@ -772,16 +582,17 @@ def main(argv=None):
     if args.what == 'report':
         os.chdir(out)
         return write_report(args.set, asked, args.seeds, best_rates(args.set, count['Q7'], args.rate))
-    changed = subprocess.run(['git', 'status', '--porcelain', '--untracked-files=no'], cwd=ROOT, capture_output=True,
-                             text=True).stdout.splitlines()
-    check(args.dirty or not changed, f'the working tree has {len(changed)} uncommitted changes: commit them, so that '
-          f'the results name code that exists, or add --dirty for a trial')
+    changed = subprocess.run(['git', 'status', '--porcelain', '--untracked-files=no'], cwd=ROOT, text=True,
+                             capture_output=True).stdout.splitlines()
+    check(args.dirty or not changed, f'the working tree has {len(changed)} uncommitted changes: commit them, '
+          f'so that the results name code that exists, or add --dirty for a trial')
     os.chdir(out)
     with open('sittings.jsonl', 'a') as file:
-        file.write(json.dumps({'time': time.strftime('%F %T'), 'commit': train.git_commit(), 'argv': argv}) + '\n')
+        about = {'time': time.strftime('%F %T'), 'commit': train.git_commit(), 'argv': argv}
+        file.write(json.dumps(about) + '\n')
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for size in sorted({ROWS[name]['size'] or s['size'] for key in asked for name in rows_of(QUESTIONS[key])}):
-        prepare(args.set, size)
+    for size in {ROWS[name]['size'] or s['size'] for key in asked for name in rows_of(QUESTIONS[key])}:
+        prepare(args.set, size, code('measure'))
     failed, everyone = [], range(args.seeds)
     if args.rate is None:
         failed += carry_out([stage for seed in range(count['Q7']) for name in rows_of(QUESTIONS['Q7'])
@@ -791,7 +602,8 @@ def main(argv=None):
     failed += carry_out([stage for key in asked for seed in everyone if seed < count[key]
                          for name in rows_of(QUESTIONS[key]) if rates[ROWS[name]['method']]
                          for stage in stages(args.set, name, seed, rates)], args.jobs)
-    check(not failed, f'{len(failed)} stages failed, see {out}/{failed[0].folder}/output.txt' if failed else '')
+    check(not failed, f'{len(failed)} stages failed, see output.txt in '
+          + ', '.join(f'{out}/{stage.folder}' for stage in failed[:3]))
 
 
 if __name__ == '__main__':
