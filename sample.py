@@ -330,7 +330,7 @@ def main(argv=None):
     rank, world, device = data.rank_world_device()
     check(args.n >= 1 and args.batch >= 1 and args.seed >= 0, '--n and --batch must be at least 1, --seed 0')
     outputs = ('--npz', args.npz), ('--png', args.png), ('--out', args.out)   # the default may be overwritten
-    args.out = args.out or str(pathlib.Path(args.checkpoint).with_suffix('')) + '-samples.png'
+    args.out = args.out or os.path.splitext(args.checkpoint)[0] + '-samples.png'
     check(args.out.endswith('.png'), f'--out {args.out}: it is a PNG, its name must end in .png')
 
     # which batches are mine, and not finished

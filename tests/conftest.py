@@ -8,6 +8,7 @@
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it, for children too
@@ -21,12 +22,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+import finetune  # noqa: E402
 import model  # noqa: E402
+import train  # noqa: E402
 
 torch.set_num_threads(1)
 
 
-# ---------------------------------------------------------------------- a configuration, a network, a batch
+# ------------------------------------------------------------------------ a configuration, a network, a batch
 
 def config(method='mcdit', **changes):
     """A Config as train.py makes it: T/2 on 8 images of 3 x 8 x 8, so N = 16 tokens of 12 values."""
@@ -42,13 +45,12 @@ def randomise(module, seed=0, scale=0.1):
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=rng)
+                parameter += scale * torch.randn(parameter.shape, generator=rng, dtype=parameter.dtype)
     return module
 
 
 def build(cfg, dtype=torch.float64, seed=0):
     """(net, teacher or None) with random weights; the teacher's differ from the net's."""
-    torch.manual_seed(seed)
     net = randomise(model.Net(cfg).to(dtype), seed)
     teacher = model.make_teacher(net, cfg)
     if teacher is not None:
@@ -92,7 +94,7 @@ class Payload:
         return open, (self.canary, 'w')
 
 
-# ----------------------------------------------------------------------------------------- data and runs
+# ---------------------------------------------------------------------------------------------- data and runs
 
 @pytest.fixture(scope='session')
 def shapes(tmp_path_factory):
@@ -112,7 +114,23 @@ def moments(tmp_path_factory):
     return folder
 
 
+OF_THE_LOOP = ('test_train', 'test_resume', 'test_readme', 'test_compile')      # many runs, see `shrink`
 FULL_HEAD = ('test_model', 'test_published', 'test_cost')                    # of equations, not of whole runs
+
+
+class SmallHead(model.Head):
+    def __init__(self, width):
+        torch.nn.Module.__init__(self)
+        self.fc1, self.fc2, self.fc3 = (torch.nn.Linear(m, n) for m, n in ((width, 32), (32, 32), (32, 16)))
+        self.prototypes = torch.nn.Parameter(torch.zeros(64, 16))
+
+
+def shrink(patch):
+    """Make T a network of three narrow blocks, which takes a step and saves in milliseconds."""
+    patch.setitem(model.SIZES, 'T', (3, 32, 2))
+    patch.setattr(model, 'TINY_DECODER', (1, 32, 2))
+    patch.setattr(model, 'Head', SmallHead)
+    patch.setattr(model, 'PROTOTYPES', 64)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -121,13 +139,14 @@ def few_prototypes(request):
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in FULL_HEAD:
             patch.setattr(model, 'PROTOTYPES', 64)
+        if request.module.__name__ in OF_THE_LOOP:
+            shrink(patch)
         yield
 
 
 @pytest.fixture(scope='session')
 def trained(shapes, tmp_path_factory):
     """trained(method, *flags) -> the folder of a run of 4 steps, made once; copy it before changing it."""
-    import train
     runs = {}
 
     def run(method, *flags):
@@ -138,3 +157,40 @@ def trained(shapes, tmp_path_factory):
             runs[method, *flags] = out
         return runs[method, *flags]
     return run
+
+
+# ----------------------------------------------------------------------------------- commands, and their logs
+
+TINY = '--batch 8 --log-every 1 --preview 0 --precision fp32'
+FOUR = f'--model T/4 --save-every 2 {TINY}'.split()      # of `trained`: checkpoints of steps 2 and 4
+
+
+def run(folder, out, flags=''):
+    """`train.py` on the data in `folder`: the path of the last checkpoint."""
+    return train.main(f'--model T/4 {TINY} --data {folder} --out {out} {flags}'.split())
+
+
+def tune(checkpoint, out, flags=''):
+    """`finetune.py`: the path of the last checkpoint."""
+    return finetune.main(f'{checkpoint} {TINY} --out {out} {flags}'.split())
+
+
+def lines(out, key='loss'):
+    """The lines of a run's log that have `key`."""
+    return [line for line in train.read_log(pathlib.Path(out)) if key in line]
+
+
+def at_steps(patch, happenings):
+    """Call happenings[step]() as that step, counted from 0, begins."""
+    drawn = model.random_numbers
+
+    def draw(cfg, step, *rest):
+        happenings.get(step, lambda: None)()
+        return drawn(cfg, step, *rest)
+    patch.setattr(model, 'random_numbers', draw)
+
+
+def torchrun(*argv, flags=()):
+    """A script in two processes."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *flags]
+    return subprocess.run([*command, *map(str, argv)], capture_output=True, text=True, timeout=300)

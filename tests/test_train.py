@@ -1,588 +1,343 @@
-"""train.py and finetune.py: what a run writes, resuming, several processes, and refusals."""
+"""train.py and finetune.py: the loop's equations a second time, what a run writes, tuning, a sixth method."""
 
-import json
+import dataclasses
 import math
-import os
-import pathlib
 import re
-import runpy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import FOUR, TINY, lines, randomise, run, same, tune
 
 import data
-import finetune
 import model
-import sample
 import train
 
-TINY = ['--model', 'T/4', '--batch', '8', '--precision', 'fp32', '--log-every', '1', '--preview', '0']
+
+def prepared(folder, out, flags=''):
+    """(args, cfg, dataset), as train.main has them."""
+    args = train.parse(f'--model T/4 {TINY} --data {folder} --out {out} {flags}'.split())
+    dataset = data.Data(folder)
+    return args, train.configuration(args, dataset), dataset
 
 
-def run(folder, out, *argv):
-    return train.main([*TINY, '--data', str(folder), '--out', str(out), *argv])
+# ----------------------------------------------------------------------------------------- the optimizer step
+
+def plain_steps(cfg, dataset, net, ema, steps, lr):
+    """Steps of mcdit in plain code: weights, EMA, teacher, AdamW's moments and the gradient norms."""
+    teacher = model.EMADecoder(net, cfg)
+    learned = lambda *modules: [p for module in modules for p in module.parameters() if p.requires_grad]
+    w, shadow = learned(net), [*ema.parameters()]
+    shadow = [p for p, trained in zip(shadow, net.parameters()) if trained.requires_grad]
+    branch = [p for p in (*teacher.encoder.parameters(), *teacher.decoder.parameters())]
+    source = [p for p in (*net.encoder.embed.parameters(), *net.decoder.parameters())]
+    m, v, norms = [torch.zeros_like(p) for p in w], [torch.zeros_like(p) for p in w], []
+    for step in range(steps):
+        raw, y = dataset.rows(data.batch_indices(cfg.seed, step, cfg.batch, 196))    # 4 of 200 are held out
+        x0 = model.patchify(raw / 127.5 - 1, cfg.patch)
+        value = {name: value for name, (_, value) in
+                 model.mcdit_loss(net, teacher, x0, y, model.random_numbers(cfg, step), cfg).items()}
+        loss = value['clean'] + 0.1 * value['noise'] + 0.1 * value['con1'] + 0.05 * value['con2']
+        g = torch.autograd.grad(loss, w)
+        norms.append(math.sqrt(sum((x ** 2).sum() for x in g)))
+        with torch.no_grad():
+            for k in range(len(w)):
+                clipped = g[k] / max(norms[-1], 1)
+                m[k] = 0.9 * m[k] + 0.1 * clipped
+                v[k] = 0.999 * v[k] + 0.001 * clipped ** 2
+                m_hat, v_hat = m[k] / (1 - 0.9 ** (step + 1)), v[k] / (1 - 0.999 ** (step + 1))
+                w[k] -= lr * m_hat / (v_hat.sqrt() + 1e-8)
+                decay = (1 + step) / (10 + step)                              # the EMA's warm-up
+                shadow[k].copy_(decay * shadow[k] + (1 - decay) * w[k])
+            for old, new in zip(branch, source):
+                old.copy_(0.999 * old + 0.001 * new)
+    return teacher, m, v, norms
 
 
-def tune(checkpoint, out, *argv):
-    return finetune.main([str(checkpoint), '--out', str(out), *TINY[2:], *argv])
+@pytest.mark.parametrize('flags', ['', '--accumulate 2', '--checkpoint-blocks'])
+def test_three_steps_are_those_of_plain_code(shapes, tmp_path, flags):
+    """Gradients clipped at 1, AdamW without weight decay, EMA with warm-up, teacher; the logged norm too."""
+    args, cfg, dataset = prepared(shapes, tmp_path, f'--steps 3 --lr 1e-3 {flags}')
+    torch.manual_seed(0)
+    net, ema = randomise(model.Net(cfg), 1, 0.2), randomise(model.Net(cfg), 2)
+    start = [{name: value.clone() for name, value in module.state_dict().items()} for module in (net, ema)]
+    state = torch.load(train.train(args, cfg, dataset, start), weights_only=True)
+    teacher, m, v, norms = plain_steps(cfg, dataset, net, ema, 3, 1e-3)
+    close = lambda ours, theirs, atol: all(                                   # keys' biases have no gradient
+        torch.allclose(ours[name], theirs[name], 1e-4, atol) for name in theirs if 'qkv.bias' not in name)
+    assert [line['grad_norm'] for line in lines(tmp_path)] == pytest.approx(norms, rel=1e-5)
+    assert min(norms) > 1.5                                                   # so that all three are clipped
+    assert close(state['model'], net.state_dict(), 5e-6) and not close(state['model'], start[0], 2e-3)
+    assert close(state['ema'], ema.state_dict(), 5e-6) and not close(state['ema'], net.state_dict(), 2e-3)
+    assert close(state['teacher'], teacher.state_dict(), 1e-6)
+    for k, moments in state['opt']['state'].items():
+        assert torch.allclose(moments['exp_avg'], m[k], rtol=1e-3, atol=1e-7)
+        assert torch.allclose(moments['exp_avg_sq'], v[k], rtol=1e-3, atol=1e-10)
+    group, = state['opt']['param_groups']
+    assert (group['betas'], group['eps'], group['weight_decay']) == ((0.9, 0.999), 1e-8, 0)
 
 
-def lines(out, key='loss'):
-    return [line for line in train.read_log(pathlib.Path(out)) if key in line]
+def test_the_learning_rate_falls_to_zero_over_the_last_part(shapes, tmp_path):
+    path = run(shapes, tmp_path, '--method dit --steps 8 --lr 0.001 --lr-decay 0.5')
+    assert [line['lr'] for line in lines(tmp_path)] == pytest.approx([0.001] * 5 + [0.00075, 0.0005, 0.00025])
+    assert torch.load(path, weights_only=True)['opt']['param_groups'][0]['lr'] == pytest.approx(0.00025)
 
 
-def same(a, b):
-    """Whether two checkpoints hold the same bits everywhere."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
+@pytest.mark.parametrize('flags, dtypes', [
+    ('--precision bf16', {torch.bfloat16}), ('--precision fp32', {torch.float32}),
+    ('--precision bf16 --method sddit', {torch.bfloat16})])
+def test_the_network_runs_in_the_precision(shapes, tmp_path, flags, dtypes):
+    """Training, held-out loss and EMA networks; SD-DiT's head and all weights stay in float32."""
+    seen = {'fc1': set(), 'head': set()}
+
+    def hook(module, inputs, output):
+        if isinstance(module, model.Head):
+            seen['head'].add(output.dtype)
+        elif isinstance(module, model.Block):
+            seen['fc1'].add(module.fc1(inputs[0]).dtype)
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        path = run(shapes, tmp_path, f'--steps 1 {flags}')
+    finally:
+        handle.remove()
+    assert seen['fc1'] == dtypes and seen['head'] <= {torch.float32}
+    assert {value.dtype for value in torch.load(path, weights_only=True)['model'].values()} == {torch.float32}
 
 
-class Killed(Exception):
-    pass
-
-
-def kill_after(monkeypatch, step):
-    """The next run dies right after it has written the checkpoint of `step`."""
-    save = train.save
-
-    def save_and_die(path, state):
-        save(path, state)
-        if state['step'] == step:
-            monkeypatch.setattr(train, 'save', save)
-            raise Killed
-
-    monkeypatch.setattr(train, 'save', save_and_die)
-
-
-# ------------------------------------------------------------------------------------------- what is written
-
-
-@pytest.mark.parametrize('method', model.METHODS)
-def test_a_run_writes_checkpoints_log_and_pictures(shapes, tmp_path, capsys, method):
-    out = tmp_path / 'out'
-    path = run(
-        shapes,
-        out,
-        '--method',
-        method,
-        '--steps',
-        '4',
-        '--save-every',
-        '1',
-        '--eval-every',
-        '2',
-        '--preview',
-        '3',
-        '--export',
-        str(tmp_path / 'ema.pt'),
-    )
-    assert path == out / '0000004.pt'
-    assert sorted(file.name for file in out.iterdir()) == [
-        '0000003.pt',
-        '0000004.pt',
-        'log.jsonl',
-        'samples-0000002.png',
-        'samples-0000004.png',
-    ]
-    state = model.read_checkpoint(path)
-    assert state.keys() == {'model', 'ema', 'teacher', 'opt', 'loss_scale', 'step', 'config'}
-    assert state['step'] == 4
-    assert (state['teacher'] is not None) == (method in ('sddit', 'mcdit'))
-    assert state['config']['method'] == method and state['config']['resolution'] == 8
-
-    first = train.read_log(out)[0]
-    told = capsys.readouterr().out
-    for name in ('method', 'network', 'data', 'device', 'batch', 'steps', 'versions', 'commit', 'seed'):
-        assert re.search(f'^{name} +{re.escape(str(first[name]))}$', told, re.M)
-    assert first['config'] == state['config']
-    assert [line['step'] for line in lines(out)] == [1, 2, 3, 4]
-    assert [line['step'] for line in lines(out, 'held_out')] == [2, 4]
-    for line in lines(out, 'held_out'):
-        assert (
-            len(line['held_out']) == 8
-            and line['sigma'][0] == pytest.approx(0.02)
-            and line['sigma'][-1] == pytest.approx(20)
-        )
-        assert ('collapse_encoder' in line) == ('collapse_patches' in line) == (method == 'mcdit')
-    assert 'images/s' in told and 'left' in told
-
-    exported, kept = model.read_checkpoint(tmp_path / 'ema.pt'), model.read_checkpoint(path)
-    assert exported.keys() == {'ema', 'step', 'config'} and same(exported['ema'], kept['ema'])
-    sample.main([str(tmp_path / 'ema.pt'), '--n', '1', '--steps', '2'])
-
-
-@pytest.mark.slow
-def test_compiled_blocks_train_as_eager_ones_do(shapes, tmp_path):
-    for name in ('--compile', '--no-compile'):
-        run(shapes, tmp_path / name, '--steps', '20', '--lr', '1e-3', name)
-    assert train.read_log(tmp_path / '--compile')[0]['device'].endswith(', compiled')
-    one, two = ([line['loss'] for line in lines(tmp_path / name)] for name in ('--compile', '--no-compile'))
-    assert one == pytest.approx(two, rel=1e-5)
-
-
-def test_speed_counts_steps_and_not_what_comes_between(shapes, tmp_path, monkeypatch):
-    """On a clock that goes a second a step, and an hour while a loss is measured or a checkpoint written."""
-    clock, parts = [0.0], {'draw': (model, 1), 'evaluate': (train, 3600), 'save': (train, 3600)}
-
-    def slow(function, seconds):
-        def slowed(*args):
-            clock[0] += seconds
-            return function(*args)
-        return slowed
-
-    for name, (module, seconds) in parts.items():
-        monkeypatch.setattr(module, name, slow(getattr(module, name), seconds))
-    monkeypatch.setattr(train.time, 'perf_counter', lambda: clock[0])
-    run(shapes, tmp_path, '--steps', '9', '--log-every', '4', '--eval-every', '3', '--save-every', '2')
-    assert [line['images_per_s'] for line in lines(tmp_path)] == [8, 8, 8]
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    monkeypatch.setenv('LOCAL_RANK', '2')
-    with pytest.raises(model.BadInput, match='process 2 .* type --nproc_per_node 2'):
-        train.where_am_i(10)
-
-
-def test_float32_is_not_tf32(monkeypatch):
-    """Neither --precision fp32 nor, whatever the precision, SD-DiT's head."""
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
-    assert train.where_am_i(10) == (0, 1, torch.device('cuda', 0))
-    assert torch.get_float32_matmul_precision() == 'highest'
-
-
-@pytest.mark.parametrize('capability, can', [((9, 0), True), ((7, 0), True), ((6, 1), False)])
-def test_the_compiler_knows_gpus_from_volta_on(capability, can, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
-    assert train.can_compile(torch.device('cuda')) == can and not train.can_compile(torch.device('cpu'))
-
-
-def test_blocks_are_compiled_where_they_can_be_and_nothing_is_said(shapes, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(model, 'compile_blocks', compiled.append)
-    monkeypatch.setattr(train, 'can_compile', lambda device: True)
-    run(shapes, tmp_path / 'eager', '--steps', '1', '--no-compile')
-    assert not compiled
-    run(shapes, tmp_path / 'compiled', '--steps', '1')
-    assert len(compiled) == 2                                                 # the network and its teacher
+def test_every_step_samples_latents_with_new_noise(moments, tmp_path, monkeypatch):
+    drawn, to_input = [], data.Data.to_input
+    monkeypatch.setattr(data.Data, 'to_input', lambda self, raw, normal: (drawn.append(normal),
+                                                                          to_input(self, raw, normal))[1])
+    path = run(moments, tmp_path, '--steps 2 --accumulate 2 --eval-every 9 --unlabelled')
+    cfg = model.read_checkpoint(path)['config']
+    assert (cfg.channels, cfg.kind, cfg.classes) == (4, 'moments', 0)
+    for step in (0, 1):
+        noise = torch.randn(8, 4, 8, 8, generator=model.generator('cpu', 0, step, 'latent'))
+        assert torch.equal(torch.cat(drawn[2 * step:2 * step + 2]), noise)
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_losses_fall(shapes, tmp_path):
-    run(shapes, tmp_path, '--steps', '60', '--batch', '16', '--lr', '2e-3')
+    run(shapes, tmp_path, '--steps 40 --batch 16 --lr 2e-3')
     loss = [line['clean'] for line in lines(tmp_path)]
     assert np.mean(loss[-10:]) < 0.9 * np.mean(loss[:5])
 
 
-def test_held_out_loss_is_the_inference_paths(shapes, tmp_path):
-    """Said again without batches: EMA weights, every token visible, weighted, fixed noise."""
-    path = run(shapes, tmp_path, '--steps', '2')
-    net, cfg = model.load_net(path)
+# ------------------------------------------------------------------------------------------ the held-out loss
+
+def test_the_held_out_loss_is_the_inference_paths(shapes, trained):
+    """In plain code: EMA weights, every token visible, weighted, image i with noise of its own."""
+    net, cfg = model.load_net(trained('mcdit', *FOUR) / '0000004.pt')
     dataset = data.Data(shapes)
     x = torch.from_numpy(dataset.array[196:].astype(np.float32)) / 127.5 - 1
     y = torch.from_numpy(dataset.labels[196:])
-    for j, (sigma, loss) in enumerate(zip(train.EVAL_SIGMAS, lines(tmp_path, 'held_out')[-1]['held_out'])):
-        n = torch.randn(4, 3, 8, 8, generator=model.generator('cpu', 0, 'held-out', j))
-        D = model.denoise(net, x + sigma * n, torch.full((4,), sigma), y, cfg)
-        assert loss == pytest.approx(
-            ((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (D - x) ** 2).mean().item(), rel=1e-5
-        )
+    rngs = [model.generator('cpu', 0, 'held-out', i) for i in range(4)]
+    n = torch.stack([torch.randn(8, 3, 8, 8, generator=rng) for rng in rngs])
+    logged, = lines(trained('mcdit', *FOUR), 'held_out')
+    assert len(logged['sigma']) == 8 and logged['sigma'][::7] == pytest.approx([0.02, 20])
+    for j, sigma in enumerate(logged['sigma']):
+        D = model.denoise_images(net, x + sigma * n[:, j], torch.full((4,), sigma), y, cfg)
+        loss = ((sigma ** 2 + 0.25) / (sigma * 0.5) ** 2 * (D - x) ** 2).mean()
+        assert logged['held_out'][j] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_learning_rate_falls_to_zero_over_the_last_part(shapes, tmp_path):
-    run(shapes, tmp_path, '--steps', '8', '--lr', '0.001', '--lr-decay', '0.5')
-    assert [line['lr'] for line in lines(tmp_path)] == pytest.approx([0.001] * 5 + [0.00075, 0.0005, 0.00025])
+def test_evaluation_is_by_micro_batches_and_their_size_changes_nothing(shapes, trained, monkeypatch):
+    net, cfg = model.load_net(trained('mcdit', *FOUR) / '0000004.pt')
+    randomise(net.requires_grad_(True))
+    sizes, to_input = [], data.Data.to_input
+    monkeypatch.setattr(data.Data, 'to_input', lambda self, raw, normal: (sizes.append(len(raw)),
+                                                                          to_input(self, raw, normal))[1])
+    found = [train.evaluate(net, cfg, data.Data(shapes), batch, 0, 1, torch.float32) for batch in (1, 3, 8)]
+    assert sizes == [1, 1, 1, 1, 3, 1, 4]
+    for other in found[:2]:
+        for name, values in found[2].items():
+            assert other[name] == pytest.approx(values, rel=1e-4)
 
 
-def test_gradient_norm_is_clipped(shapes, tmp_path, monkeypatch):
-    """Steps follow the clipped gradient: with a bound of 0 nothing moves."""
-    monkeypatch.setattr(train, 'MAX_GRAD_NORM', 0.0)
-    path = run(shapes, tmp_path, '--steps', '2')
-    torch.manual_seed(0)
-    fresh = model.Net(model.read_checkpoint(path)['config'])
-    assert same(model.read_checkpoint(path)['model'], fresh.state_dict())
-    assert lines(tmp_path)[0]['grad_norm'] > 0
+# ------------------------------------------------------------------------------------------ what a run writes
+
+@pytest.mark.parametrize('method', model.METHODS)
+def test_a_run_writes_checkpoints_a_log_and_a_chart(trained, method):
+    out = trained(method, *FOUR)
+    assert {path.name for path in out.iterdir()} == {'0000002.pt', '0000004.pt', 'log.jsonl', 'losses.png'}
+    state = model.read_checkpoint(out / '0000004.pt')
+    assert state.keys() == {'model', 'ema', 'teacher', 'opt', 'scaler', 'step', 'config'}
+    assert (state['teacher'] is not None) == (method in ('sddit', 'mcdit'))
+    assert (state['step'], state['config'].method, state['config'].resolution) == (4, method, 8)
+    header, *rest = train.read_log(out)
+    names = tuple(header['config'].pop('class_names'))
+    assert model.Config(**header['config'], class_names=names) == state['config']
+    assert [line['step'] for line in rest] == [1, 2, 3, 4, 4]                 # the last has the held-out loss
+    assert {'loss', 'grad_norm', 'lr', 'images_per_s'} < rest[0].keys() and 'held_out' in rest[4]
+    assert ('collapse_encoder' in rest[4]) == ('collapse_patches' in rest[4]) == (method == 'mcdit')
 
 
-def test_ema_is_exact(shapes, tmp_path):
-    """Two steps: ema_2 = d_1 (d_0 w_0 + (1 - d_0) w_1) + (1 - d_1) w_2, with d_k = (1 + k) / (10 + k)."""
-    for steps in ('1', '2'):
-        run(shapes, tmp_path / steps, '--steps', steps)
-    torch.manual_seed(0)
-    one, two = (model.read_checkpoint(tmp_path / s / f'000000{s}.pt') for s in '12')
-    for name, w0 in model.Net(one['config']).state_dict().items():
-        ema1 = 0.1 * w0 + 0.9 * one['model'][name]
-        assert torch.allclose(one['ema'][name], ema1, atol=1e-7)
-        assert torch.allclose(two['ema'][name], 2 / 11 * ema1 + 9 / 11 * two['model'][name], atol=1e-7)
+def test_the_header_previews_and_step_lines(shapes, tmp_path, capsys):
+    run(shapes, tmp_path, '--steps 2 --eval-every 1 --preview 3')
+    assert sorted(path.name for path in tmp_path.glob('*.png')) == [
+        'losses.png', 'samples-0000001.png', 'samples-0000002.png']
+    header, shown = train.read_log(tmp_path)[0], capsys.readouterr().out
+    for name in ('method', 'network', 'data', 'device', 'batch', 'steps', 'versions', 'commit', 'seed'):
+        assert re.search(f'^{name} +{re.escape(str(header[name]))}$', shown, re.M)
+    assert header['batch'] == '8 = 1 ranks x 8 images x 1 accumulated'
+    assert re.search(r'^step 2/2  loss \d.* images/s  0:00:00 left$', shown, re.M) and 'held out' in shown
 
 
-def test_moments_and_no_classes(moments, tmp_path):
-    path = run(moments, tmp_path, '--steps', '2', '--classes', '0', '--model', 'T/2', '--preview', '2')
-    cfg = model.read_checkpoint(path)['config']
-    assert cfg['classes'] == 0 and cfg['channels'] == 4 and cfg['kind'] == 'moments'
+def test_a_failed_preview_does_not_end_a_run(shapes, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(data, 'save_grid', full)
+    assert run(shapes, tmp_path, '--steps 1 --preview 1').exists()
+    assert 'no preview at step 1: [Errno 28] No space left' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    'argv',
-    [
-        ['--lambda-noise', '0'],
-        ['--lambda-con1', '0'],
-        ['--lambda-con2', '0'],
-        ['--all-clean'],
-        ['--tokens', 'noisy'],
-        ['--tokens', 'clean'],
-        ['--teacher-encoder'],
-        ['--mask-ratio', '0.75'],
-        ['--sigma-data', '0.8'],
-    ],
-    ids=lambda argv: argv[0][2:],
-)
-def test_every_ablation_runs_and_changes_the_numbers(shapes, tmp_path, argv):
-    losses = {}
-    for name, extra in (('plain', []), ('ablated', argv)):
-        run(shapes, tmp_path / name, '--model', 'T/2', '--steps', '3', '--lr', '0.01', *extra)
-        losses[name] = lines(tmp_path / name)[-1]['loss']
-    assert losses['plain'] != losses['ablated']
+def test_speed_counts_steps_and_not_what_comes_between(shapes, tmp_path, monkeypatch):
+    """On a clock that goes a second a step, and an hour while a loss is measured or a checkpoint written."""
+    clock = [0.0]
+    for module, name, seconds in ((model, 'random_numbers', 1), (train, 'evaluate', 3600),
+                                  (torch, 'save', 3600)):
+        def slowed(*args, function=getattr(module, name), seconds=seconds):
+            clock[0] += seconds
+            return function(*args)
+        monkeypatch.setattr(module, name, slowed)
+    monkeypatch.setattr(train.time, 'perf_counter', lambda: clock[0])
+    run(shapes, tmp_path, '--method dit --steps 9 --log-every 4 --eval-every 3 --save-every 8')
+    assert [line['images_per_s'] for line in lines(tmp_path)] == [8, 8, 8]
 
 
-# --------------------------------------------------------------------------------------- the folder of a run
+def test_blocks_are_compiled_where_they_can_be(shapes, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(model, 'compile_blocks', compiled.append)
+    for capability, can in (((9, 0), True), ((7, 0), True), ((6, 1), False)):         # from Volta on
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+        assert train.can_compile(torch.device('cuda')) == can and not train.can_compile(torch.device('cpu'))
+    monkeypatch.setattr(train, 'can_compile', lambda device: True)
+    run(shapes, tmp_path / 'eager', '--steps 1 --no-compile')
+    assert not compiled
+    run(shapes, tmp_path / 'compiled', '--steps 1')
+    assert len(compiled) == 2                                                 # the network and its teacher
 
 
-def test_a_run_may_be_prolonged_unless_a_schedule_depends_on_its_length(shapes, tmp_path):
-    run(shapes, tmp_path / 'a', '--steps', '3')
-    run(shapes, tmp_path / 'b', '--steps', '2')
-    run(shapes, tmp_path / 'b', '--steps', '3')
-    a, b = (model.read_checkpoint(tmp_path / name / '0000003.pt') for name in 'ab')
-    assert same(a, b)
-    run(shapes, tmp_path / 'c', '--steps', '2', '--lr-decay', '0.5')
-    with pytest.raises(model.BadInput, match='steps was 2 and is now 3'):
-        run(shapes, tmp_path / 'c', '--steps', '3', '--lr-decay', '0.5')
+# -------------------------------------------------------------------------------------- flags, and --unmasked
+
+ABLATIONS = ['--lambda-noise 0', '--lambda-con1 0', '--lambda-con2 0', '--all-clean', '--tokens noisy',
+             '--tokens clean', '--teacher-encoder', '--mask-ratio 0.75', '--bridge xavier']
 
 
-def test_only_its_own_checkpoints_are_removed(shapes, tmp_path):
-    path = run(shapes, tmp_path, '--steps', '1')
-    kept = [tmp_path / '0000001-keep.pt', tmp_path / 'best.pt']
-    for copy in kept:
-        copy.write_bytes(path.read_bytes())
-    run(shapes, tmp_path, '--steps', '4', '--save-every', '1')
-    assert [file.name for file in train.checkpoints(tmp_path)] == ['0000003.pt', '0000004.pt']
-    assert all(copy.exists() for copy in kept)
-    for step in ('9999999', '10000000'):
-        path.with_stem(step).write_bytes(b'')
-    assert train.checkpoints(tmp_path)[-1].stem == '10000000'  # as numbers, not as words
-
-
-def test_an_export_overwrites_nothing_but_its_own(shapes, tmp_path):
-    export = tmp_path / 'ema.pt'
-    export.write_text('precious')
-    with pytest.raises(model.BadInput, match='exists already'):
-        run(shapes, tmp_path / 'out', '--steps', '1', '--export', str(export))
-    assert export.read_text() == 'precious'
-    with pytest.raises(model.BadInput, match='name of a checkpoint'):
-        run(shapes, tmp_path / 'out', '--steps', '1', '--export', str(tmp_path / 'out' / '0000001.pt'))
-    export.unlink()
-    for _ in range(2):                                                        # the same command again
-        run(shapes, tmp_path / 'out', '--steps', '1', '--export', str(export))
-    content = export.read_bytes()
-    run(shapes, tmp_path / 'other', '--steps', '1', '--seed', '1')
-    with pytest.raises(model.BadInput, match='ema.pt exists already'):        # of a finished run too
-        run(shapes, tmp_path / 'other', '--steps', '1', '--seed', '1', '--export', str(export))
-    assert export.read_bytes() == content
-
-
-def test_the_log_of_another_run_is_kept(shapes, tmp_path):
-    run(shapes, tmp_path, '--steps', '1').unlink()
-    log = (tmp_path / 'log.jsonl').read_text()
-    with pytest.raises(model.BadInput, match='log.jsonl is of another run'):
-        run(shapes, tmp_path, '--steps', '1', '--seed', '1')
-    assert (tmp_path / 'log.jsonl').read_text() == log
-    run(shapes, tmp_path, '--steps', '2')                                     # its own begins anew
-    assert (tmp_path / 'log.jsonl').read_text() != log
-    run(shapes, tmp_path / 'scheduled', '--steps', '1', '--lr-decay', '0.5').unlink()
-    with pytest.raises(model.BadInput, match='log.jsonl is of another run'):  # as long as its schedule
-        run(shapes, tmp_path / 'scheduled', '--steps', '2', '--lr-decay', '0.5')
-
-
-@pytest.mark.parametrize('minutes', ['0', '-1', 'nan', '1e300'])
-def test_a_timeout_is_refused_before_it_is_used(shapes, tmp_path, minutes, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')                                     # the other never comes
-    monkeypatch.setenv('RANK', '0')
-    with pytest.raises(model.BadInput, match='--timeout'):
-        run(shapes, tmp_path, '--steps', '1', '--timeout', minutes)
-
-
-def test_a_finished_run_has_nothing_to_do(shapes, tmp_path):
-    path = run(shapes, tmp_path, '--steps', '2')
-    content = path.read_bytes()
-    assert run(shapes, tmp_path, '--steps', '2') == path
-    assert path.read_bytes() == content
-
-
-# -------------------------------------------------------------------------------------------------- tuning
+@pytest.mark.parametrize('flags', ABLATIONS)
+def test_every_ablation_runs_and_changes_the_numbers(shapes, tmp_path, flags):
+    losses = []
+    for name in ('', flags):
+        args, cfg, dataset = prepared(shapes, tmp_path / f'out{len(losses)}', f'--steps 1 {name}')
+        torch.manual_seed(0)
+        start = randomise(model.Net(cfg)).state_dict()
+        train.train(args, cfg, dataset, (start, start))
+        losses.append(lines(args.out)[0]['loss'])
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize('method', model.METHODS)
-def test_tuning(shapes, tmp_path, method, capsys):
-    path = run(shapes, tmp_path / 'out', '--method', method, '--steps', '3')
-    start = model.read_checkpoint(path)
-    tuned = tune(path, tmp_path / 'tuned', '--steps', '2')
-    state = model.read_checkpoint(tuned)
-    assert state['teacher'] is None and state['config']['ema_step'] == 3
-    assert not any(name.startswith(model.TRAINING_ONLY) for name in state['model'])
-    assert all(entry['step'] == 2 for entry in state['opt']['state'].values())  # fresh, not continued
-    before, after = lines(tmp_path / 'tuned', 'held_out')
-    assert before['step'] == 0 and after['step'] == 2
-    # before tuning it is the network that training left, on the same noise but for the seed
-    net, cfg = model.load_net(path)
-    expected = train.evaluate(net, state['config'], data.Data(shapes), 8, 0, 1, torch.float32)['held_out']
-    assert before['held_out'] == pytest.approx(expected, rel=1e-6)
-    told = capsys.readouterr().out
-    assert re.search('before .*\n.*after ', told)
-    # EMA warm-up counts on: the last of three steps was 2, so the next decay is (1 + 3) / (10 + 3)
-    one = model.read_checkpoint(tune(path, tmp_path / 'one', '--steps', '1'))
-    for name, value in one['ema'].items():
-        assert torch.allclose(value, 4 / 13 * start['ema'][name] + 9 / 13 * one['model'][name], atol=1e-7)
+def test_what_a_flag_cannot_affect_is_rejected(shapes, method):
+    for flag in (*ABLATIONS, '--unmasked 0.5'):
+        name, *value = flag.split()
+        field = name[2:].replace('-', '_')
+        if field in model.METHODS[method].flags:
+            given = getattr(prepared(shapes, 'out', f'--method {method} {flag}')[1], field)
+            assert given == (type(given)(value[0]) if value else True)
+        else:
+            with pytest.raises(model.BadInput, match=f'{name} does not apply to --method {method}'):
+                prepared(shapes, 'out', f'--method {method} {flag}')
 
 
-def test_two_fresh_starts_of_tuning_differ_from_training_in_noise_and_order(shapes, tmp_path):
-    path = run(shapes, tmp_path / 'out', '--steps', '1')
-    cfg = model.read_checkpoint(tune(path, tmp_path / 'tuned', '--steps', '1'))['config']
-    assert cfg['seed'] != model.read_checkpoint(path)['config']['seed']
+@pytest.mark.parametrize('method', ['maskdit', 'mcdit'])
+def test_unmasked_steps_are_dits_and_a_function_of_seed_and_step(shapes, tmp_path, method):
+    run(shapes, tmp_path, f'--method {method} --unmasked 0.5 --steps 8')
+    masked_only = {'maskdit': 'reconstruct', 'mcdit': 'noise'}[method]
+    draws = [torch.rand((), generator=model.generator('cpu', 0, step, 'unmasked')) for step in range(8)]
+    unmasked = [masked_only not in line for line in lines(tmp_path)]
+    assert unmasked == [bool(draw < 0.5) for draw in draws] and 0 < sum(unmasked) < 8
+    for line in lines(tmp_path):
+        assert ('clean' not in line and 'con1' not in line and line['loss'] == line['denoise']) \
+            == (masked_only not in line)
 
 
-@pytest.mark.parametrize('rank', [0, 1])
-def test_one_process_tells_of_new_labels(shapes, tmp_path, rank, monkeypatch, capsys):
-    path = run(shapes, tmp_path / 'out', '--steps', '1')
+# ----------------------------------------------------------------------------------------------------- tuning
+
+@pytest.mark.parametrize('method', model.METHODS)
+def test_tuning(trained, tmp_path, method, capsys):
+    source = trained(method, *FOUR) / '0000004.pt'
+    start = model.read_checkpoint(source)
+    state = model.read_checkpoint(tune(source, tmp_path, '--steps 1 --lr 0.01'))
+    cfg, shown = state['config'], capsys.readouterr().out
+    assert (cfg.stage, cfg.mask_ratio, cfg.lr, cfg.seed, cfg.ema_step) == ('tune', 0, 0.01, 1, 4)
+    assert state['teacher'] is None and not [n for n in state['model'] if n.startswith(model.TRAINING_ONLY)]
+    assert all(entry['step'] == 1 for entry in state['opt']['state'].values())       # fresh
+    step, = lines(tmp_path)
+    assert step['loss'] == step['denoise']                                    # dit's, whatever the method
+    for name, value in state['ema'].items():      # continues `ema`, and its warm-up counts on from step 4
+        assert torch.allclose(value, 5 / 14 * start['ema'][name] + 9 / 14 * state['model'][name], atol=1e-7)
+    before, after = lines(tmp_path, 'held_out')
+    net, old = model.load_net(source)
+    old, dataset = dataclasses.replace(old, seed=1), data.Data(old.data)
+    expected = train.evaluate(net, old, dataset, 8, 0, 1, torch.float32)
+    assert before['step'] == 0 and before['held_out'] == pytest.approx(expected['held_out'], rel=1e-6)
+    assert after['step'] == 1 and re.search('before .*\n.*after ', shown)
+
+
+def test_tuning_on_other_classes_has_a_new_label_table(trained, tmp_path, capsys):
     rows = ((np.zeros((3, 8, 8), np.uint8), k % 4) for k in range(60))
     data.save_folder(tmp_path / 'four', rows, 'uint8', (3, 8, 8), {'kind': 'images', 'classes': 4})
-    monkeypatch.setenv('RANK', str(rank))
-    monkeypatch.setattr(train, 'train', lambda args, *rest: pathlib.Path(args.out) / 'none.pt')
-    tune(path, tmp_path / 'tuned', '--data', str(tmp_path / 'four'))
-    told = capsys.readouterr().out.count('10 classes were trained and the data has 4')
-    assert told == (1 if rank == 0 else 0)
+    source = trained('dit', *FOUR) / '0000004.pt'
+    path = tune(source, tmp_path / 'out', f'--data {tmp_path / "four"} --steps 1 --lr 1e-6')
+    old, new = (model.read_checkpoint(file)['model']['encoder.y_embed.weight'] for file in (source, path))
+    assert new.shape[0] == 5 and torch.allclose(new[4], old[10], atol=1e-5) and new[:4].std() < 0.03
+    assert '10 classes were trained and the data has 4' in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------- several processes
+def test_published_ddpm_weights_are_tuned(tmp_path):
+    """The loss is dit's on D = x - sigma eps, from the eps half of the outputs."""
+    rows = ((np.random.default_rng(k).standard_normal((4, 8, 8)), k % 3) for k in range(60))
+    data.save_folder(tmp_path / 'data', rows, 'float16', (4, 8, 8), {'kind': 'latents', 'classes': 3})
+    dataset = data.Data(tmp_path / 'data')
+    cfg = model.Config(method='dit', model='T/4', diffusion='ddpm', resolution=8, classes=3, mask_ratio=0.0)
+    net = randomise(model.Net(cfg))
+    torch.save({'model': net.state_dict(), 'ema': net.state_dict(), 'step': 0,
+                'config': dataclasses.asdict(cfg)}, tmp_path / 'ddpm.pt')
+    path = tune(tmp_path / 'ddpm.pt', tmp_path / 'out', f'--data {tmp_path / "data"} --steps 1')
+    raw, y = dataset.rows(data.batch_indices(1, 0, 8, 59))
+    r = model.random_numbers(model.read_checkpoint(path)['config'], 0)
+    s = r['sigma'].view(8, 1, 1, 1)
+    x, y = raw.float() + s * model.unpatchify(r['noise'], 4, 4), torch.where(r['drop'], 3, y)
+    F, *_ = net(model.patchify(x / (s ** 2 + 1).sqrt(), 4), model.ddpm_time(r['sigma']), y)
+    D = x - s * model.unpatchify(F, 4, 8)[:, :4]
+    loss = ((s ** 2 + 0.25) / (0.5 * s) ** 2 * (D - raw.float()) ** 2).mean().item()
+    assert lines(tmp_path / 'out')[0]['loss'] == pytest.approx(loss, rel=1e-5)
 
 
-def torchrun(*argv, processes=2, cwd=None):
-    command = [
-        sys.executable,
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        f'--nproc_per_node={processes}',
-        *map(str, argv),
-    ]
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        env=os.environ | {'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+# --------------------------------------------------------------------------------------------- a sixth method
+
+def blur(x0):
+    """Clean patches (B, N, P) with each image's mean patch mixed in."""
+    return (x0 + x0.mean(1, keepdim=True)) / 2
 
 
-@pytest.mark.parametrize(
-    'methods', [['sddit', 'mcdit'], pytest.param(['dit', 'maskdit', 'mdt', 'mcdit'], marks=pytest.mark.slow)]
-)
-def test_two_processes_equal_one(shapes, moments, tmp_path, methods):
-    """The same global batch: a loss curve equal to 1e-5 over 40 float32 steps, replicas equal to the bit."""
-    steps = ['--steps', '40', '--lr', '1e-3', '--eval-every', '20', '--batch', '8']
-    commands = {
-        method: ['train', *TINY, '--data', str(shapes), '--method', method, *steps] for method in methods
-    }
-    commands['accumulated'] = [*commands['mcdit'], '--accumulate', '2']
-    commands['moments'] = ['train', *TINY, '--data', str(moments), *steps, '--model', 'T/2', '--steps', '10']
-    start = run(shapes, tmp_path / 'start', '--steps', '2')
-    commands['tuned'] = ['finetune', str(start), *TINY[2:], *steps]
-    worker = [[*command, '--out', str(tmp_path / 'two' / name)] for name, command in commands.items()]
-    done = torchrun(ROOT / 'tests' / 'worker.py', json.dumps(worker), tmp_path / 'spread.json')
-    assert done.returncode == 0, done.stderr
-    for name, (script, *argv) in commands.items():
-        {'train': train, 'finetune': finetune}[script].main([*argv, '--out', str(tmp_path / 'one' / name)])
-        for key in ('loss', 'grad_norm'):
-            one, two = ([line[key] for line in lines(tmp_path / count / name)] for count in ('one', 'two'))
-            assert len(one) == (10 if name == 'moments' else 40)
-            assert two == pytest.approx(one, rel=1e-5 if key == 'loss' else 1e-3)
-        one, two = (
-            [line['held_out'] for line in lines(tmp_path / count / name, 'held_out')]
-            for count in ('one', 'two')
-        )
-        assert np.allclose(one, two, rtol=1e-4)
-    accumulated, plain = (
-        [line['loss'] for line in lines(tmp_path / 'one' / name)] for name in ('accumulated', 'mcdit')
-    )
-    assert accumulated == pytest.approx(plain, rel=1e-5)
-    for spread, name in zip(json.loads((tmp_path / 'spread.json').read_text()), commands):
-        assert spread['difference'] == 0
-        assert spread['modules'] == (3 if name in ('sddit', 'mcdit', 'accumulated', 'moments') else 2)
+def blur_loss(net, teacher, x0, y, r, cfg):
+    """Masked positions get the clean patch, blurred; minimised is the error at all tokens."""
+    xt, y = model.corrupt(x0, y, r, cfg)
+    D, *_ = model.denoise(net, xt, r['sigma'], y, cfg, r['visible'], clean=blur(x0))
+    return {'blurred': (1.0, (model.loss_weight(r['sigma'], cfg.sigma_data) * (D - x0) ** 2).mean())}
 
 
-def test_a_refusal_of_process_0_stops_all_with_a_sentence(shapes, tmp_path):
-    run(shapes, tmp_path, '--steps', '1')
-    flags = [*TINY, '--data', shapes, '--out', tmp_path, '--steps', '1']
-    done = torchrun(ROOT / 'train.py', *flags, '--method', 'dit')
-    assert done.returncode != 0 and "method was 'mcdit' and is now 'dit'" in done.stderr
-    assert 'train.py: process 0 has found a mistake' in done.stderr and 'RuntimeError' not in done.stderr
-
-
-def test_two_processes_sample_the_same_images(shapes, tmp_path):
-    path = run(shapes, tmp_path, '--steps', '3', '--lr', '0.01')
-    flags = [path, '-n', '7', '--steps', '4', '--cfg', '2', '--precision', 'fp32', '--batch', '3']
-    done = torchrun(ROOT / 'sample.py', *flags, '--npz', tmp_path / 'two.npz', '--png', tmp_path / 'png')
-    assert done.returncode == 0, done.stderr
-    sample.main([*map(str, flags), '--npz', str(tmp_path / 'one.npz')])
-    with np.load(tmp_path / 'one.npz') as one, np.load(tmp_path / 'two.npz') as two:
-        assert np.array_equal(one['arr_1'], two['arr_1'])
-        assert abs(one['arr_0'].astype(int) - two['arr_0']).max() <= 1
-    assert len(list((tmp_path / 'png').iterdir())) == 7
-
-
-@pytest.mark.slow
-def test_torchrun_makes_shapes_once_and_trains(tmp_path):
-    """The bare command in an empty folder, by two processes: both ask for the data set at the same time."""
-    done = torchrun(
-        ROOT / 'train.py', '--model', 'T/8', '--steps', '2', '--batch', '4', '--preview', '0', cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'shapes']
-    assert (
-        'shapes: 19,600 images' in done.stdout
-        and '2 x CPU' in done.stdout
-        and '4 = 2 processes x 2 images x 1 accumulated' in done.stdout
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-@pytest.mark.parametrize('method', model.METHODS)
-def test_on_a_gpu(shapes, moments, tmp_path, method, monkeypatch):
-    """Every method trains in bfloat16, resumes, is tuned and sampled there."""
-    for folder in (shapes, moments):
-        out = tmp_path / folder.name
-        flags = [*TINY, '--model', 'T/2', '--precision', 'bf16', '--method', method]
-        flags += ['--save-every', '2', '--preview', '2']
-        kill_after(monkeypatch, 2)
-        with pytest.raises(Killed):
-            run(folder, out, *flags, '--steps', '4')
-        path = run(folder, out, *flags, '--steps', '4')
-        assert all(math.isfinite(line['loss']) for line in lines(out))
-        tuned = tune(path, tmp_path / f'{folder.name}-tuned', '--precision', 'bf16', '--steps', '2')
-        sample.main([str(tuned), '-n', '4', '--steps', '3', '--cfg', '2', '--npz', str(out / 'a.npz')])
-
-
-# ------------------------------------------------------------------------------------------------ refusals
-
-
-@pytest.fixture(scope='module')
-def desk(shapes, tmp_path_factory):
-    """A folder of good and bad things, on which a refused command must leave no trace."""
-    desk = tmp_path_factory.mktemp('desk')
-    (desk / 'file').write_text('')
-    for name, size in (('broken', 8), ('strange', 8), ('twelve', 12), ('large', 16)):
-        data.make_shapes(desk / name, size=size, count=50)
-    (desk / 'broken' / 'data.npy').write_bytes((desk / 'broken' / 'data.npy').read_bytes()[:-1])
-    np.save(desk / 'strange' / 'labels.npy', np.full(50, 10))
-    path = run(shapes, desk / 'other', '--method', 'dit', '--steps', '1', '--export', str(desk / 'ema.pt'))
-    (desk / 'cut.pt').write_bytes(path.read_bytes()[:5000])
-    data.make_shapes(desk / 'nameless', size=8, count=50)
-    (desk / 'nameless' / 'meta.json').write_text('{"kind": "images", "classes": 0}')
-    np.save(desk / 'nameless' / 'labels.npy', np.zeros(50, np.int64))
-    (desk / 'twin.pt').write_bytes(path.read_bytes())
-    tune(desk / 'twin.pt', desk / 'tuned2', '--steps', '1')
-    torch.save(torch.load(path, weights_only=True) | {'config': {}}, desk / 'bare.pt')
-    (desk / 'text').mkdir()
-    (desk / 'text' / '0000001.pt').write_text('not a checkpoint')
-    (desk / 'text' / 'log.jsonl').write_text('')
-    return desk
-
-
-def contents(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob('*')}
-
-
-@pytest.mark.parametrize(
-    'argv, words',
-    [
-        (['--data', 'nowhere'], 'no data folder nowhere'),
-        (['--data', 'broken'], 'truncated'),
-        (['--data', 'strange'], 'labels from 0 to 9'),
-        (['--model', 'T/3'], '--model T/3'),
-        (['--model', 'T/8', '--data', 'twelve'], 'do not divide'),
-        (['--batch', '7', '--accumulate', '2'], 'a multiple of 2'),
-        (['--batch', '0'], 'at least 1'),
-        (['--steps', '0'], 'at least 1'),
-        (['--lr', '0'], '--lr above 0'),
-        (['--lr-decay', '2'], 'between 0 and 1'),
-        (['--mask-ratio', '0'], '--mask-ratio 0.0'),
-        (['--mask-ratio', '1'], '--mask-ratio 1.0'),
-        (['--mask-ratio', '-0.5'], '--mask-ratio -0.5'),
-        (['--mask-ratio', '0.99'], 'none of the 4 tokens'),
-        (['--mask-ratio', 'half'], 'invalid float'),
-        (['--method', 'dit', '--mask-ratio', '0.5'], 'masks nothing'),
-        (['--method', 'maskdit', '--lambda-con1', '0.1'], 'means nothing to --method maskdit'),
-        (['--method', 'dit', '--all-clean'], 'means nothing to --method dit'),
-        (['--all-clean', '--lambda-noise', '0.1'], 'leave one out'),
-        (['--teacher-encoder', '--lambda-con1', '0', '--lambda-con2', '0'], 'without a branch'),
-        (['--lambda-con1', '-1'], 'at least 0'),
-        (['--sigma-data', '0'], '--sigma-data from 0.001'),
-        (['--classes', '5'], '0 ignores them'),
-        (['--method', 'vae'], 'invalid choice'),
-        (['--tokens', 'none'], 'invalid choice'),
-        (['--mask', '0.5'], 'unrecognized arguments'),
-        (['--out', 'file/inside'], 'cannot write to file/inside'),
-        (['--export', 'file/x.pt'], 'which --out or --export names'),
-        (['--out', 'other'], "method was 'dit' and is now 'mcdit'"),
-        (['--out', 'text'], 'none of the 1 checkpoints'),
-    ],
-)
-def test_refusals_exit_with_2_and_write_nothing(argv, words, shapes, desk, monkeypatch, capsys):
-    monkeypatch.chdir(desk)
-    before = contents(desk)
-    flags = ['--out', 'out'] if '--out' not in argv else []
-    monkeypatch.setattr('sys.argv', ['train.py', *TINY, '--steps', '1', '--data', str(shapes), *flags, *argv])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(train.__file__, run_name='__main__')
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and 'Traceback' not in error
-    assert contents(desk) == before
-
-
-@pytest.mark.parametrize(
-    'argv, words',
-    [
-        (['none.pt', '--out', 'tuned'], 'no checkpoint none.pt'),
-        (['cut.pt', '--out', 'tuned'], 'truncated'),
-        (['ema.pt', '--out', 'tuned'], 'EMA weights alone'),
-        (['other/0000001.pt', '--out', 'tuned', '--data', 'large'], 'give other --data'),
-        (['other/0000001.pt', '--out', 'tuned', '--data', 'nowhere'], 'no data folder'),
-        (['other/0000001.pt', '--out', 'tuned', '--data', 'nameless'], 'give data with labels'),
-        (['other/0000001.pt', '--out', 'tuned2'], 'tuned_from was'),
-        (['bare.pt', '--out', 'tuned'], 'its configuration does not say stage'),
-        (['other/0000001.pt', '--out', 'other'], 'another configuration'),
-        (['other/0000001.pt'], 'required: --out'),
-        (['other/0000001.pt', '--out', 'tuned', '--mask-ratio', '0.5'], 'unrecognized arguments'),
-    ],
-)
-def test_tuning_refusals(argv, words, desk, monkeypatch, capsys):
-    monkeypatch.chdir(desk)
-    before = contents(desk)
-    monkeypatch.setattr('sys.argv', ['finetune.py', *argv, *TINY[2:], '--steps', '1'])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(finetune.__file__, run_name='__main__')
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and words in error and 'Traceback' not in error
-    assert contents(desk) == before
+def test_a_sixth_method_is_a_loss_and_a_row(shapes, tmp_path, monkeypatch):
+    """It trains, samples, resumes to the bit, measures its collapse and is tuned; no other file names it."""
+    monkeypatch.setitem(model.METHODS, 'blur', model.Method(
+        blur_loss, fill='patch', decoder='narrow', mask_ratio=0.25, context=blur, inpaint='context',
+        flags=('mask_ratio', 'bridge')))
+    flags = '--method blur --save-every 1 --preview 1'
+    path = run(shapes, tmp_path / 'whole', f'{flags} --steps 2')
+    run(shapes, tmp_path / 'parts', f'{flags} --steps 1')
+    resumed = run(shapes, tmp_path / 'parts', f'{flags} --steps 2')
+    assert same(*(torch.load(file, weights_only=True) for file in (path, resumed)))
+    assert 'blurred' in lines(path.parent)[0] and len(lines(path.parent, 'collapse_encoder')) == 1
+    assert model.load_net(path)[1].mask_ratio == 0.25 and (path.parent / 'samples-0000002.png').exists()
+    assert model.load_net(tune(path, tmp_path / 'tuned', '--steps 1'))[1].method == 'blur'

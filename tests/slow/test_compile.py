@@ -1,54 +1,21 @@
-"""torch.compile gives the gradients of the eager network, with one graph for all blocks of one shape."""
+"""Compiled blocks compute what eager ones do, for every method: some steps on a CPU, with a C compiler.
 
-import copy
+    python -m pytest -m slow tests/slow/test_compile.py
+"""
 
 import pytest
-import torch
-from conftest import batch, build, config, numbers
-from test_ways import METHODS, agree
+from conftest import lines, run
 
 import model
+import train
 
-pytestmark = pytest.mark.slow                 # the compiler takes half a minute per method
-
-# encoder, decoder, EMA network without gradient; MDT: blocks without a mask, blocks under one
-GRAPHS = {'dit': 1, 'maskdit': 2, 'mdt': 2, 'sddit': 3, 'mcdit': 3}
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize('method', METHODS)
-def test_compiled_agrees_with_eager_float32(method):
-    """No new graph for the next network, nor for its blocks with activation checkpointing."""
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    agree(method, 'compiled')
-    agree(method, 'compiled, checkpointed')
-    assert counters['stats']['unique_graphs'] == GRAPHS[method]
-
-
-def test_a_compiled_network_keeps_its_names_and_its_copy_is_not_compiled():
-    net = model.Net(config())
-    names = list(net.state_dict())
-    model.compile_blocks(net)
-    assert list(net.state_dict()) == names
-    compiled = lambda module: [part for part in module.modules() if part._compiled_call_impl is not None]
-    assert len(compiled(net)) == len(net.encoder.blocks) + len(net.decoder.blocks)
-    assert not compiled(copy.deepcopy(net)) and not compiled(model.make_teacher(net, config()))
-
-
-def test_several_ranks_compile_each_block_whole(monkeypatch):
-    """DistributedDataParallel would cut a block where its parameters fill a bucket of the gradients' sum."""
-    graphs, compile_ = [], torch.nn.Module.compile
-    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
-    monkeypatch.setattr(model.Block, 'compile', lambda block, **how: compile_(block, backend=backend, **how))
-    torch._dynamo.reset()
-    cfg = config('maskdit')
-    net, _ = build(cfg, torch.float32)
-    model.compile_blocks(net)
-    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(net, bucket_cap_mb=0.1)
-        model.maskdit_loss(wrapped, None, *batch(cfg, torch.float32), numbers(cfg, dtype=torch.float32), cfg)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert len(graphs) == GRAPHS['maskdit']
+@pytest.mark.parametrize('method', model.METHODS)
+def test_compiled_blocks_train_as_eager_ones_do(shapes, tmp_path, method):
+    for name in ('--compile', '--no-compile'):
+        run(shapes, tmp_path / name, f'--method {method} --steps 4 --lr 1e-3 {name}')
+    assert train.read_log(tmp_path / '--compile')[0]['device'].endswith(', compiled')
+    one, two = ([line['loss'] for line in lines(tmp_path / name)] for name in ('--compile', '--no-compile'))
+    assert len(one) == 4 and one == pytest.approx(two, rel=1e-5)
