@@ -1,7 +1,7 @@
 """How far from real? FID, sFID, Inception Score, precision and recall, as ADM's evaluation computes them.
 
     python fid.py VIRTUAL_imagenet256_labeled.npz out/50k.npz   # ADM's reference, samples of sample.py --npz
-    python fid.py data out/png --pr exact --json                # data folder, folder of PNG; one line of JSON
+    python fid.py data out/png --pr exact                       # data folder, folder of PNG; exact distances
     python fid.py data --save-stats data-stats.npz              # compute a reference once, and type it as REF
     torchrun --nproc_per_node 2 fid.py REF SAMPLES              # the same numbers; on CPUs one rank per core
 
@@ -10,7 +10,7 @@ REF and SAMPLES are each an .npz with `arr_0` uint8 (n, H, W, 3), or with statis
 mu_s, sigma_s), or with both; a folder of PNG or JPEG files, read in order of their names; or a data folder of
 `data.py` with images. Stored statistics stand for their side in FID and sFID, the images beside them serve
 precision and recall. What the given files do not allow is left out and named. Numbers to set beside a
-published table need its REF, 50,000 samples, and `--pr adm`, the default.
+published table need its REF, 50,000 samples that were never JPEG, and `--pr adm`, the default.
 
 References: FID, Heusel et al. 2017; sFID, Nash et al. 2021; Inception Score, Salimans et al. 2016; precision
 and recall, Kynkaanniemi et al. 2019; the protocol, ADM (Dhariwal & Nichol 2021), whose TensorFlow program is
@@ -21,7 +21,6 @@ Letters: n images    B a batch    H, W height, width    D dimensions: 2048 poole
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import functools
 import hashlib
@@ -228,19 +227,12 @@ URL = f'https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{N
 SHA256, BYTES = '6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2', 95_628_359
 
 
-def find_weights():
-    """The path of the weights in torch's hub cache; they are downloaded there if it does not hold them."""
-    target = pathlib.Path(torch.hub.get_dir()) / 'checkpoints' / NAME
-    if not target.exists():
-        socket.setdefaulttimeout(30)
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(target), hash_prefix=SHA256)
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f'no Inception weights here, and the download failed ({error}): put {URL} '
-                           f'({BYTES:,} bytes, SHA-256 {SHA256}) at {target}, '
-                           f'or name the file with --weights') from None
-    return target
+def download_weights(path):
+    socket.setdefaulttimeout(30)
+    with explain(f'there are no Inception weights at {path}: put {URL} ({BYTES:,} bytes, SHA-256 {SHA256}) '
+                 f'there, or name the file with --weights, for the download failed'):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
 
 
 def load_weights(path, sha256=SHA256):
@@ -252,12 +244,7 @@ def load_weights(path, sha256=SHA256):
         check(found == sha256.lower(),
               f'{path} has {len(content):,} bytes and SHA-256 {found}, expected {sha256}: it is incomplete '
               f'or another file (the 2015 Inception, {BYTES:,} bytes, is at {URL})')
-        state = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-        expected = net.state_dict()
-        odd = [name for name in state.keys() ^ expected.keys() if not name.endswith('tracked')]
-        check(not odd, f'{path}: {len(odd)} tensors are missing or unknown, such as {min(odd, default="")}; '
-                       f'expected the 2015 Inception, from Conv2d_1a_3x3.conv.weight to fc.bias')
-        net.load_state_dict(state, strict=False)                              # BN's counters may be absent
+        net.load_state_dict(torch.load(io.BytesIO(content), map_location='cpu', weights_only=True))
     broken = [name for name, value in net.state_dict().items() if not value.isfinite().all()]
     check(not broken, f'{path} holds numbers that are not finite, in {", ".join(broken[:3])}')
     torch.backends.cudnn.conv.fp32_precision = 'ieee'                         # not TF32: that moves FID 1e-3
@@ -274,24 +261,17 @@ class Gaussian(typing.NamedTuple):
     n: float = math.inf                       # rows that it was computed from, where known
 
 
-class Moments:
-    """Sums over rows x of (1, x)'(1, x): n, sum x and sum x'x in one matrix. Batches and ranks add up.
+def moments(rows):
+    """Of rows x: n, sum x and sum x'x in one matrix, float64 (1 + D, 1 + D). Batches and ranks add up."""
+    rows = functional.pad(rows.double(), (1, 0), value=1.0)                   # (B, 1 + D)
+    return rows.T @ rows
 
-    In float64 the difference in `gaussian` loses no digit that counts: means of features are not large.
-    """
 
-    def __init__(self, dimensions, device='cpu'):
-        self.sums = torch.zeros(1 + dimensions, 1 + dimensions, dtype=torch.float64, device=device)
-
-    def add(self, rows):
-        rows = functional.pad(rows.double(), (1, 0), value=1.0)               # (B, 1 + D)
-        self.sums.addmm_(rows.T, rows)
-        return self
-
-    def gaussian(self):
-        n, mean = self.sums[0, 0], self.sums[0, 1:] / self.sums[0, 0]
-        cov = (self.sums[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)    # numpy.cov's ddof 1
-        return Gaussian(mean, cov, n.item())
+def gaussian(sums):
+    """From `moments`. The difference loses no digit that counts: means of features are not large."""
+    n, mean = sums[0, 0], sums[0, 1:] / sums[0, 0]
+    cov = (sums[1:, 1:] - n * torch.outer(mean, mean)) / (n - 1)              # numpy.cov's ddof 1
+    return Gaussian(mean, cov, n.item())
 
 
 def frechet_distance(a, b):
@@ -313,8 +293,7 @@ def frechet_distance(a, b):
 
 def frechet_from_features(x, y):
     """From features (n, D) and (m, D)."""
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
-    return frechet_distance(*(Moments(rows.shape[1], rows.device).add(rows).gaussian() for rows in (x, y)))
+    return frechet_distance(*(gaussian(moments(torch.as_tensor(rows))) for rows in (x, y)))
 
 
 # ----------------------------------------------------------------------------------------- Inception Score
@@ -332,16 +311,7 @@ def inception_score(logits, split=5000):
     return sum(scores) / len(scores)
 
 
-def interleaved(rows, split=5000):
-    """The same rows so ordered that every split gets a share of all parts of the file."""
-    return rows[torch.argsort(torch.arange(len(rows)) % -(-len(rows) // split), stable=True)]
-
-
 # ---------------------------------------------------------------------------------------- precision, recall
-
-def half(x):
-    return x.half().float()
-
 
 def adm_distances(u, v):
     """|u - v|^2 for all pairs of rows, (m, n) float32, rounded to float16 after every step as in ADM's graph.
@@ -349,6 +319,7 @@ def adm_distances(u, v):
     A pooled feature's square is a few hundred, so distances come in steps of 1/8 or 1/4, and ties pass `<=`:
     both measures are about 0.001 to 0.002 higher than the exact ones, and so is every published number.
     """
+    half = lambda x: x.half().float()
     a, b = half(u), half(v)
     norm_a, norm_b = half(half(a * a).sum(1))[:, None], half(half(b * b).sum(1))
     d = half(half(norm_a - half(2 * half(a @ b.T))) + norm_b).clamp(min=0)
@@ -368,30 +339,26 @@ def exact_distances(u, v):
 DISTANCES = {'adm': adm_distances, 'exact': exact_distances}
 
 
-def radii(x, k, distances, block, bar):
+def ranks():
+    """(this rank, number of ranks), from torchrun"""
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+
+def progress(iterable, what, **settings):
+    """A bar on rank 0 for work that has taken 5 s; where stderr is no terminal, a line every minute."""
+    if not sys.stderr.isatty():
+        settings |= {'mininterval': 60, 'miniters': 1, 'bar_format': '{l_bar}{r_bar}\n'}
+    return tqdm(iterable, desc=str(what), delay=5, disable=ranks()[0] > 0, **settings)
+
+
+def radii(x, k, distances, block):
     """The squared distance of every row to its k-th neighbour, itself not counted: (n,)."""
     result = []
-    for rows in x.split(block):
-        near = distances(rows, rows[:0])
-        for columns in x.split(block):
-            near = torch.cat([near, distances(rows, columns)], 1)
-            near = near.topk(min(k + 1, near.shape[1]), largest=False).values  # k + 1: each row meets itself
-            bar.update()
-        result.append(near[:, -1])
+    for rows in progress(x.split(block), 'neighbours'):
+        near = [distances(rows, columns).topk(min(k + 1, len(columns)), largest=False).values
+                for columns in x.split(block)]                                # k + 1: each row meets itself
+        result.append(torch.cat(near, 1).topk(k + 1, largest=False).values[:, -1])
     return torch.cat(result)
-
-
-def ranks():
-    """(this rank, number of ranks)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def progress(total, what, unit):
-    """A bar on rank 0 for work that has taken 5 s; where stderr is no terminal, a line every 50 s."""
-    lines = {} if sys.stderr.isatty() else {
-        'mininterval': 50, 'miniters': 1,
-        'bar_format': '{desc}: {n_fmt} of {total_fmt}' + unit + ', {rate_noinv_fmt}, {remaining} left\n'}
-    return tqdm(total=total, desc=what, unit=unit, delay=5, disable=ranks()[0] > 0, **lines)
 
 
 def precision_recall(real, fake, k=3, mode='adm', block=2000):
@@ -402,40 +369,34 @@ def precision_recall(real, fake, k=3, mode='adm', block=2000):
     """
     distances = DISTANCES[mode]
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
-    n, m = -(-len(real) // block), -(-len(fake) // block)
-    with progress(n * n + m * m + n * m, 'precision, recall', ' blocks') as bar:
-        real_radii, fake_radii = (radii(rows, k, distances, block, bar) for rows in (real, fake))
-        real_in, fake_in = (torch.zeros_like(r, dtype=torch.bool) for r in (real_radii, fake_radii))
-        for i in range(0, len(real), block):
-            for j in range(0, len(fake), block):
-                d = distances(real[i:i + block], fake[j:j + block])
-                fake_in[j:j + block] |= (d <= real_radii[i:i + block, None]).any(0)
-                real_in[i:i + block] |= (d <= fake_radii[None, j:j + block]).any(1)
-                bar.update()
+    real_radii, fake_radii = (radii(rows, k, distances, block) for rows in (real, fake))
+    real_in, fake_in = (torch.zeros_like(r, dtype=torch.bool) for r in (real_radii, fake_radii))
+    for i in progress(range(0, len(real), block), 'precision, recall'):
+        for j in range(0, len(fake), block):
+            d = distances(real[i:i + block], fake[j:j + block])
+            fake_in[j:j + block] |= (d <= real_radii[i:i + block, None]).any(0)
+            real_in[i:i + block] |= (d <= fake_radii[None, j:j + block]).any(1)
     return fake_in.double().mean().item(), real_in.double().mean().item()
 
 
 # -------------------------------------------------------------------------------------------------- inputs
 
-@dataclasses.dataclass
-class Side:
-    """REF or SAMPLES: what the file gives, and then what was computed from it."""
-    path: str
+STATISTICS = {'FID': ('mu', 'sigma', 2048), 'sFID': ('mu_s', 'sigma_s', 2023)}        # ADM's arrays, and D
+
+
+class Side(typing.NamedTuple):
+    """REF or SAMPLES: what the file or folder gives."""
+    path: pathlib.Path
     count: int = 0                            # images
-    size: tuple = ()                          # H, W
+    pixels: str = ''                          # W x H
     read: typing.Callable | None = None       # read(i, j) gives images i to j - 1, uint8 (j - i, H, W, 3)
-    stored: bool = False                      # the file holds statistics
-    notes: list = dataclasses.field(default_factory=list)                    # sentences about the file
-    statistics: dict = dataclasses.field(default_factory=dict)               # 'fid', 'sfid': Gaussian
-    pool: torch.Tensor | None = None          # (n, 2048) float32, in file order, on rank 0
+    stored: dict = {}                         # name in STATISTICS: Gaussian
+    skipped: str = ''                         # files of the folder that are neither PNG nor JPEG
 
     def __str__(self):
-        images = [f'{self.count:,} images of {pixels(self.size)}'] if self.count else []
-        return f'{self.path}: ' + ', with '.join(images + ['stored statistics'] * self.stored)
-
-
-def pixels(size):
-    return ' x '.join(str(n) for n in reversed(size))                         # width first, as usual
+        images = [f'{self.count:,} images of {self.pixels}{self.skipped}'] if self.count else []
+        stored = [f'stored statistics for {" and ".join(self.stored)}'] if self.stored else []
+        return f'{self.path}: {", ".join(images + stored)}'
 
 
 def check_images(path, shape, dtype):
@@ -444,32 +405,29 @@ def check_images(path, shape, dtype):
         advice = ': save `(x * 127.5 + 127.5).round().clip(0, 255).astype("uint8")` of x from -1 to 1'
     elif shape[1:2] == (3,):
         advice = ': save `x.transpose(0, 2, 3, 1)`'
-    check(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3,
-          f'{path} holds {dtype} {tuple(shape)}, expected images uint8 (n, H, W, 3){advice}')
-    check(shape[0] > 1, f'{path} holds too few images for a covariance: {shape[0]}, expected at least 2')
+    check(dtype == np.uint8 and len(shape) == 4 and shape[3] == 3 and shape[0] > 1,
+          f'{path} holds {dtype} {tuple(shape)}, expected images uint8 (2 or more, H, W, 3){advice}')
 
 
 def open_npz(path):
-    side = Side(str(path))
+    images, stored = (), {}
     with explain(f'{path} cannot be read as an .npz file, made with np.savez(FILE, arr_0=images)'), \
             zipfile.ZipFile(path), np.load(path) as arrays:                   # by default without pickles
         if 'arr_0' in arrays:
-            side.count, side.size, side.read = open_array(path)
-        for name, mean, cov, D in (('fid', 'mu', 'sigma', 2048), ('sfid', 'mu_s', 'sigma_s', 2023)):
+            images = open_array(path)
+        for name, (mean, cov, D) in STATISTICS.items():
             if mean in arrays and cov in arrays:
-                what = f'{path}: {mean} and {cov}'
-                side.statistics[name] = stored_gaussian(what, arrays[mean], arrays[cov], D)
-        side.stored = bool(side.statistics)
-        check(side.count or side.stored, f'{path} holds {", ".join(list(arrays)[:9]) or "nothing"}, expected '
-              f'arr_0 with images, or mu and sigma (a zip of image files: unpack it, and type the folder)')
-    return side
+                stored[name] = stored_gaussian(f'{path}: {mean} and {cov}', arrays[mean], arrays[cov], D)
+        check(images or stored, f'{path} holds {", ".join(list(arrays)[:9]) or "nothing"}, expected arr_0 '
+              f'with images, or mu and sigma (a zip of image files: unpack it, and type the folder)')
+    return Side(path, *images, stored=stored)
 
 
 def open_array(path):
-    """(count, size, read) of `arr_0` in an .npz, which is read in batches: ADM's of 512 pixels is 8 GB."""
-    file, npy = zipfile.ZipFile(path).open('arr_0.npy'), np.lib.format
-    header = {1: npy.read_array_header_1_0, 2: npy.read_array_header_2_0}[npy.read_magic(file)[0]]
-    (shape, fortran, dtype), begin = header(file), file.tell()
+    """(count, pixels, read) of `arr_0` in an .npz, which is read in batches: ADM's of 512 pixels is 8 GB."""
+    file = zipfile.ZipFile(path).open('arr_0.npy')
+    np.lib.format.read_magic(file)
+    (shape, fortran, dtype), begin = np.lib.format.read_array_header_1_0(file), file.tell()
     check_images(path, shape, dtype)
     check(not fortran, f'{path} holds arr_0 in Fortran order: save `np.ascontiguousarray(images)`')
 
@@ -478,7 +436,7 @@ def open_array(path):
             file.seek(begin + i * math.prod(shape[1:]))
             content = file.read((j - i) * math.prod(shape[1:]))
             return np.frombuffer(content, np.uint8).reshape(j - i, *shape[1:])
-    return shape[0], shape[1:3], read
+    return shape[0], f'{shape[2]} x {shape[1]}', read
 
 
 def stored_gaussian(what, mean, cov, D):
@@ -500,38 +458,27 @@ def open_data(path):
         kind = json.loads((path / 'meta.json').read_text())['kind']
         check(kind == 'images', f'{path} is a data folder of {kind}, expected images: prepare the same '
                                 f'images without --vae (python data.py folder SRC --out DIR --size 256)')
-        array = np.load(path / 'data.npy', mmap_mode='r')
-        n, C, H, W = array.shape
-        channels = 3 if C == 1 else C                                         # grey is repeated
-        check_images(path / 'data.npy', (n, H, W, channels), array.dtype)
-    return Side(str(path), n, (H, W),
-                lambda i, j: np.broadcast_to(array[i:j].transpose(0, 2, 3, 1), (j - i, H, W, 3)))
+        array = np.load(path / 'data.npy', mmap_mode='r').transpose(0, 2, 3, 1)
+        if array.shape[3] == 1:                                               # grey
+            array = np.broadcast_to(array, (*array.shape[:3], 3))
+        check_images(path / 'data.npy', array.shape, array.dtype)
+    return Side(path, len(array), f'{array.shape[2]} x {array.shape[1]}', lambda i, j: array[i:j])
 
 
 def open_folder(path):
     """PNG and JPEG files, also in folders inside. All headers are read now, to find a mixed size at once."""
-    found = sorted((file for file in path.rglob('*') if file.is_file()), key=str)
-    files = [file for file in found if file.suffix.lower() in ('.png', '.jpg', '.jpeg')]
-    others = set(found) - set(files)
+    files, others, size = [], [], None
+    for file in sorted((file for file in path.rglob('*') if file.is_file()), key=str):
+        (files if file.suffix.lower() in ('.png', '.jpg', '.jpeg') else others).append(file)
     kinds = ', '.join(sorted({file.suffix or file.name for file in others})[:5])
-    check(len(files) > 1, f'{path} holds {len(files)} PNG or JPEG files, expected at least 2'
-                          f'{", and others: " * bool(others)}{kinds}')
-    side, converted = Side(str(path), len(files)), 0
+    skipped = f', {len(others):,} other files skipped ({kinds})' * bool(others)
+    check(len(files) > 1, f'{path} holds {len(files)} PNG or JPEG files{skipped}, expected at least 2')
     for file in files:
-        with explain(f'{file} cannot be read as an image'), open(file, 'rb') as stream:
-            image = Image.open(stream)
-            stream.seek(24)                                                   # a PNG's bits per channel
-            check(image.format != 'PNG' or stream.read(1) != b'\x10',
-                  f'{file} has 16 bits per channel, expected 8')
-        side.size = side.size or image.size[::-1]
-        check(image.size[::-1] == side.size, f'{file} is {pixels(image.size[::-1])}, but {files[0]} is '
-                                             f'{pixels(side.size)} pixels: expected a single size')
-        converted += image.mode != 'RGB'
-    jpeg = sum(file.suffix.lower() != '.png' for file in files)
-    side.notes = [f'{path}: {what}: {n:,}' for what, n in (
-        ('images converted to RGB, from grey, alpha or a palette', converted),
-        ('JPEG images, whose losses move FID', jpeg),
-        (f'files skipped, neither PNG nor JPEG ({kinds})', len(others))) if n]
+        with explain(f'{file} cannot be read as an image'), Image.open(file) as image:
+            size = size or image.size
+            check(image.size == size, f'{file} is {image.width} x {image.height}, but {files[0]} is '
+                                      f'{size[0]} x {size[1]} pixels: expected a single size')
+            check(';16' not in str(image.tile), f'{file} has 16 bits per channel, expected 8')
 
     def read(i, j):
         images = []
@@ -539,8 +486,7 @@ def open_folder(path):
             with explain(f'{file} cannot be read as an image'), Image.open(file) as image:
                 images.append(np.asarray(image.convert('RGB')))
         return np.stack(images)
-    side.read = read
-    return side
+    return Side(path, len(files), f'{size[0]} x {size[1]}', read, skipped=skipped)
 
 
 def open_side(path):
@@ -554,206 +500,160 @@ def open_side(path):
 # ---------------------------------------------------------------------------------------------- evaluation
 
 BATCH = {'cpu': 8, 'cuda': 64}                # images at a time; on a CPU more is slower
-FULL = 50_000                                 # samples behind the published numbers
+NEEDS = {'FID': 'images, or mu and sigma, on both sides',
+         'sFID': 'images, or mu_s and sigma_s, on both sides',
+         'Inception Score': 'images in SAMPLES',
+         'precision': '4 images on both sides',
+         'recall': '4 images on both sides'}
 
 
 @contextlib.contextmanager
 def one_error_for_all_ranks():
     """All ranks meet at the end of the block. Where one has raised BadInput, all raise the same one there."""
-    sentence = None
+    mine = None
     try:
         yield
     except BadInput as error:
-        sentence = str(error)
-    sentences = [sentence] * ranks()[1]
+        mine = str(error)
+    sentences = [mine] * ranks()[1]
     if len(sentences) > 1:
-        dist.all_gather_object(sentences, sentence)
-    sentence = next(filter(None, sentences), None)
-    check(sentence is None, sentence)
+        dist.all_gather_object(sentences, mine)
+    for sentence in filter(None, sentences):
+        raise BadInput(sentence)
 
 
 @torch.no_grad()
 def extract(net, side, keep):
-    """Compute what a side's images give: statistics, where none are stored, and, if `keep`, pooled features.
+    """(statistics, pooled features) of a side: the stored statistics, or those of its images; the features
+    of its images if `keep`, (n, 2048) float32 in file order, on rank 0.
 
     Each rank takes consecutive whole batches, so that an image meets the same images in its batch, and is
     rounded alike, for any number of ranks.
     """
+    if not side.count:
+        return side.stored, None
     device, (rank, world) = net.fc.weight.device, ranks()
     step = BATCH[device.type]
     batches = -(-side.count // step)
     start, stop = (min(side.count, batches * r // world * step) for r in (rank, rank + 1))
-    pools, moments = [torch.empty(0, 2048)], {'fid': Moments(2048, device), 'sfid': Moments(2023, device)}
-    with one_error_for_all_ranks(), progress(stop - start, side.path, ' images') as bar:
-        for i in range(start, stop, step):
-            j = min(i + step, stop)
-            pool, spatial = net(preprocess(side.read(i, j), device))
+    sums = {name: moments(torch.empty(0, D, device=device)) for name, (_, _, D) in STATISTICS.items()}
+    pools = [torch.empty(0, 2048)]
+    with one_error_for_all_ranks():
+        for i in progress(range(start, stop, step), side.path, unit=' images', unit_scale=step):
+            pool, spatial = net(preprocess(side.read(i, min(i + step, stop)), device))
             check(pool.isfinite().all() and spatial.isfinite().all(),
                   f'{side.path}: the network computes features that are not finite, try another machine')
-            if not side.stored:
-                moments['fid'].add(pool)
-                moments['sfid'].add(spatial)
+            sums['FID'] += moments(pool)
+            sums['sFID'] += moments(spatial)
             if keep:
                 pools.append(pool.cpu())
-            bar.update(j - i)
-    side.pool = torch.cat(pools)
+    pool, sums = torch.cat(pools), {name: total.cpu() for name, total in sums.items()}
     if world > 1:
         pools = [None] * world if rank == 0 else None
-        dist.gather_object(side.pool, pools)                                  # in the order of the file
-        side.pool = torch.cat(pools) if rank == 0 else None
-    for name, part in () if side.stored else moments.items():
-        part.sums = part.sums.cpu()
-        if world > 1:
-            dist.all_reduce(part.sums)
-        side.statistics[name] = part.gaussian()
+        dist.gather_object(pool, pools)                                       # in the order of the file
+        pool = torch.cat(pools) if rank == 0 else pool
+        for total in sums.values():
+            dist.all_reduce(total)
+    return side.stored or {name: gaussian(total) for name, total in sums.items()}, pool.to(device)
 
 
-def measure(net, ref, gen, pr):
-    """(measures, notes): a number each, or the reason why it is left out; and sentences about them."""
-    result, notes, sides = {}, [*ref.notes, *gen.notes, *cautions(ref, gen)], (ref, gen)
-    for name, arrays in (('fid', 'mu and sigma'), ('sfid', 'mu_s and sigma_s')):
-        without = [side.path for side in sides if name not in side.statistics]
-        if without:
-            result[name] = f'left out: no {arrays} in {" and ".join(without)}'
-        else:
-            result[name] = frechet_distance(ref.statistics[name], gen.statistics[name])
-    if gen.count:
-        logits = net.logits(gen.pool.to(net.fc.weight.device)).cpu()
-        score, mixed = inception_score(logits), inception_score(interleaved(logits))
-        result['inception_score'] = score
-        if mixed > 1.05 * score:
-            notes.append(f'{gen.path} looks sorted by class: the Inception Score of consecutive 5,000s is '
-                         f'{score:.2f}, of mixed ones {mixed:.2f}; ADM does not shuffle')
-    else:
-        result['inception_score'] = f'left out: no images in {gen.path}'
-    few = [f'{"fewer than 4" if side.count else "no"} images in {side.path}'
-           for side in sides if side.count < 4]
-    if few:
-        result['precision'] = result['recall'] = f'left out: {" and ".join(few)}'
-    else:
-        pools = (side.pool.to(net.fc.weight.device) for side in sides)
-        result['precision'], result['recall'] = precision_recall(*pools, mode=pr)
-    return result, notes
+def note(sentence):
+    print(f'note: {sentence}', file=sys.stderr)
 
 
-def cautions(ref, gen):
-    """What should make a reader of the numbers think twice."""
-    if ref.size and gen.size and ref.size != gen.size:
-        yield f'the sizes differ, {pixels(ref.size)} and {pixels(gen.size)} pixels'
+def measure(net, sides, statistics, pools, pr):
+    """{name: number} of what the sides allow. Notes what should make a reader of the numbers think twice."""
+    ref, gen = sides
+    for side in sides:
+        if not side.stored and side.count < 50_000:
+            note(f'{side.count:,} images in {side.path}: fewer raise FID and sFID (published: 50,000)')
+    if ref.count and gen.count and ref.pixels != gen.pixels:
+        note(f'the sizes differ, {ref.pixels} and {gen.pixels} pixels')
     if gen.stored and not ref.stored:
-        yield f'{gen.path} brings stored statistics and {ref.path} none: are the sides swapped?'
-    if gen.count and abs(gen.count - FULL) > FULL / 100:
-        yield (f'{gen.count:,} samples: the fewer, the higher FID and sFID, so compare only with numbers of '
-               f'as many; published ones have {FULL:,}')
-    if not ref.stored and ref.count <= 2048:
-        yield (f'{ref.count:,} reference images: their covariance has rank {ref.count - 1:,} of 2,048, so '
-               f'FID and sFID are much too high')
+        note(f'{gen.path} brings stored statistics and {ref.path} none: are the sides swapped?')
+    measures = {name: frechet_distance(*(found[name] for found in statistics))
+                for name in STATISTICS if all(name in found for found in statistics)}
+    if gen.count:
+        logits = net.logits(pools[1]).cpu()
+        order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
+        score, shuffled = inception_score(logits), inception_score(logits[order])
+        measures['Inception Score'] = score
+        if shuffled > 1.05 * score:
+            note(f'{gen.path} looks sorted by class: shuffled, which ADM does not do, its Inception Score is '
+                 f'{shuffled:.2f}')
+    if min(ref.count, gen.count) > 3:
+        measures['precision'], measures['recall'] = precision_recall(*pools, mode=pr)
+    return measures
 
 
 def save_statistics(path, statistics):
-    """{'fid': Gaussian, 'sfid': Gaussian} in ADM's names. What cannot be written whole is removed."""
-    names = {'fid': ('mu', 'sigma'), 'sfid': ('mu_s', 'sigma_s')}
+    """{'FID': Gaussian, 'sFID': Gaussian} in ADM's four arrays."""
     arrays = {array: values.numpy() for name, gaussian in statistics.items()
-              for array, values in zip(names[name], gaussian)}
+              for array, values in zip(STATISTICS[name], gaussian[:2])}
     with explain(f'cannot write {path}'), open(path, 'xb') as file:
-        try:
-            np.savez(file, **arrays)
-        except OSError:
-            os.unlink(path)
-            raise
+        np.savez(file, **arrays)
 
 
 # -------------------------------------------------------------------------------------------- command line
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                                                 # one sentence, on rank 0 alone
-        raise BadInput(f'{message}; `python fid.py --help` shows what there is')
-
-
 def parse(argv):
-    parser = Parser(description='How far from real?', allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description='How far from real?', allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = lambda message: check(False, f'{message}: see python fid.py --help')      # on rank 0 alone
     add = parser.add_argument
     add('reference', metavar='REF', help='.npz, folder of PNG or JPEG files, or data folder')
     add('samples', metavar='SAMPLES', nargs='?', help='the same; with --save-stats, it may be absent')
-    add('--weights', metavar='FILE', help="the .pth (None: from torch's hub cache, or downloaded)")
+    add('--weights', metavar='FILE', type=pathlib.Path, help='the .pth, which is downloaded if it is absent',
+        default=pathlib.Path(torch.hub.get_dir()) / 'checkpoints' / NAME)
     add('--sha256', metavar='HEX', default=SHA256, help='hash that the weights must have')
     add('--pr', choices=DISTANCES, default='adm', help='distances of precision and recall')
     add('--save-stats', metavar='FILE', help="write REF's mu, sigma, mu_s, sigma_s to an .npz")
-    add('--json', action='store_true', help='print one line of JSON')
     args = parser.parse_args(argv)
     check(args.samples or args.save_stats, 'SAMPLES are missing: type python fid.py REF SAMPLES')
     return args
 
 
-def print_result(result, pr):
-    names = {'fid': 'FID', 'sfid': 'sFID', 'inception_score': 'Inception Score'}
-    about = {'adm': "float16 distances as ADM's", 'exact': 'exact distances, not those of papers'}[pr]
-    for key, value in result.items():
-        if isinstance(value, float):
-            value = f'{value:8.4f}' + f'   k = 3, {about}' * (key == 'precision')
-        print(f'{names.get(key, key):18}{value}')
-
-
 def main(argv=None):
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    (rank, world), local = ranks(), int(os.environ.get('LOCAL_RANK', 0))
+    device = torch.device('cuda', local) if torch.cuda.is_available() else torch.device('cpu')
     if world > 1:                                                             # what travels is in main memory
         dist.init_process_group('gloo', timeout=datetime.timedelta(days=1))
 
-    # arguments and inputs
+    # arguments, inputs, network
     with one_error_for_all_ranks():
-        args, device = parse(argv), torch.device('cpu')
-        if torch.cuda.is_available():
-            local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count()
-            check(local < gpus, f'rank {local} of this machine, counted from 0, has no GPU, for there are '
-                                f'{gpus}: type --nproc_per_node {gpus}')
-            device = torch.device('cuda', local)
-        ref = open_side(args.reference)
-        gen = open_side(args.samples) if args.samples else None
+        args = parse(argv)
+        sides = [open_side(path) for path in (args.reference, args.samples) if path]
         if args.save_stats and rank == 0:                                     # now, not after hours of work
-            check(not os.path.exists(args.save_stats),
-                  f'{args.save_stats} exists already: remove it, or choose another --save-stats')
             save_statistics(args.save_stats, {})
             os.unlink(args.save_stats)
-    sides = {'reference': ref} | ({'samples': gen} if gen else {})
-    result = {name: str(side) for name, side in sides.items()}
-
-    # features, where there are images
-    net = None
-    if any(side.count for side in sides.values()):
-        with one_error_for_all_ranks():
-            weights = args.weights or (rank == 0 and find_weights())          # rank 0 downloads
-        with one_error_for_all_ranks():
-            weights = weights or find_weights()
-            net = load_weights(weights, args.sha256).to(device)
-        published = 'not ' * (args.sha256.lower() != SHA256) + 'the published file'
-        result |= {'weights': f'{os.path.basename(weights)}, SHA-256 {args.sha256[:8]}..., {published}',
-                   'network': f'float32 (no TF32), {device.type}, {world} rank{"s" * (world > 1)}'}
-        for side in sides.values():
-            if side.count:
-                extract(net, side, keep=gen is not None)
-
-    # measures
+        images = any(side.count for side in sides)
+        if images and local == 0 and not args.weights.exists():
+            download_weights(args.weights)
     with one_error_for_all_ranks():
-        if rank == 0:
-            measures, notes = measure(net, ref, gen, args.pr) if gen else ({}, ref.notes)
-            result |= measures
-            if args.json:
-                print(json.dumps(result | {'pr': args.pr, 'notes': notes}))
-            else:
-                print_result(result, args.pr)
-            for note in notes:
-                print(f'note: {note}', file=sys.stderr)
-            if args.save_stats:                                               # last: the numbers are safe
-                save_statistics(args.save_stats, ref.statistics)
-                print(f'statistics of {ref.path} in {args.save_stats}', file=sys.stderr)
+        net = load_weights(args.weights, args.sha256).to(device) if images else None
+    if rank == 0:
+        for role, side in zip(('reference', 'samples'), sides):
+            print(f'{role:18}{side}')
+        if images:
+            print(f'{"computed with":18}{args.weights.name}, SHA-256 {args.sha256[:8]}..., float32, no TF32, '
+                  f'{device.type}, {world} ranks, --pr {args.pr}', flush=True)
+
+    # features, then measures
+    statistics, pools = zip(*(extract(net, side, keep=len(sides) > 1) for side in sides))
+    if rank == 0 and args.samples:
+        measures = measure(net, sides, statistics, pools, args.pr)
+        for name, needs in NEEDS.items():
+            value = f'{measures[name]:8.4f}' if name in measures else f'left out: needs {needs}'
+            print(f'{name:18}{value}')
+    if rank == 0 and args.save_stats:                                         # last: the numbers are safe
+        save_statistics(args.save_stats, statistics[0])
 
 
 if __name__ == '__main__':
     try:
         main()
     except BadInput as mistake:                                               # the same one on all ranks
-        if int(os.environ.get('RANK', 0)) == 0:
+        if ranks()[0] == 0:
             print(f'fid.py: {mistake}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

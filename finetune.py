@@ -82,8 +82,9 @@ def main(argv=None):
         start = [{name: value for name, value in weights.items() if not name.startswith(model.TRAINING_ONLY)}
                  for weights in (state['model'], state['ema'])]
         if cfg.classes != trained.classes:
-            data.rank_and_world()[0] or print(f'labels    {trained.classes} classes were trained and the data has {cfg.classes}: the '
-                  f'label table is new, except for the row of dropped labels')
+            if data.rank_and_world()[0] == 0:
+                print(f'labels    {trained.classes} classes were trained and the data has {cfg.classes}: the '
+                      f'label table is new, except for the row of dropped labels')
             start = [new_label_rows(weights, cfg.classes, seed) for weights in start]
     path = train.train(args, cfg, dataset, start)
 

@@ -104,8 +104,8 @@ class Config:
         check(self.resolution % int(p) == 0,
               f'patches of {p} do not divide an image of {self.resolution} x {self.resolution}: choose '
               f'another patch in --model, or data of another size')
-        check(0 <= self.mask_ratio < 1 and self.K >= 1, f'--mask-ratio {self.mask_ratio} leaves none of the {self.N} tokens visible: use '
-              f'a smaller ratio or a smaller patch')
+        check(0 <= self.mask_ratio < 1 and self.K >= 1, f'--mask-ratio {self.mask_ratio} leaves none of the '
+              f'{self.N} tokens visible: use a smaller ratio or a smaller patch')
 
     size = property(lambda self: self.model.partition('/')[0])
     patch = property(lambda self: int(self.model.partition('/')[2]))

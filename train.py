@@ -380,13 +380,14 @@ def train(args, cfg, dataset, start=None):
     `start` (model weights, EMA weights) replaces the initialisation where --out has no checkpoint yet.
     Raises BadInput.
     """
-    share = data.rank_and_world()[1] * args.accumulate
+    world = data.rank_and_world()[1]
+    share = world * args.accumulate
     check(min(args.steps, args.batch, args.accumulate, args.log_every, args.eval_every, args.save_every) >= 1
           and min(args.preview, args.keep_every, cfg.seed) >= 0 and 0 <= args.lr_decay <= 1 and cfg.lr > 0,
           '--steps, --batch, --accumulate, --log-every, --eval-every and --save-every must be at least 1, '
           '--preview, --keep-every and --seed at least 0, --lr-decay from 0 to 1, and --lr above 0')
-    check(args.batch % share == 0, f'--batch {args.batch} cannot be split over ranks x --accumulate: type a '
-          f'multiple of {share}, such as {args.batch // share * share + share}')
+    check(args.batch % share == 0, f'--batch {args.batch} cannot be split over {world} ranks x --accumulate '
+          f'{args.accumulate}: type a multiple of {share}, such as {args.batch // share * share + share}')
     rank, world, device = setup_distributed()
     with lock_folder(pathlib.Path(args.out), rank), stop_on_signal() as signals:
         return loop(args, cfg, dataset, start, rank, world, device, signals)

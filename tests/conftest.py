@@ -114,7 +114,7 @@ def moments(tmp_path_factory):
     return folder
 
 
-OF_THE_LOOP = ('test_train', 'test_resume', 'test_readme', 'test_compile')      # many runs, see `shrink`
+OF_THE_LOOP = ('test_train', 'test_resume', 'test_readme', 'test_refusals', 'test_compile')    # see `shrink`
 FULL_HEAD = ('test_model', 'test_published', 'test_cost')                    # of equations, not of whole runs
 
 
