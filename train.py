@@ -227,7 +227,7 @@ def newest_checkpoint(out, verify=True):
 
 
 def save(path, state, keep_every):
-    """Write a checkpoint, whole or not at all, and remove those it replaces. Returns the error, or None."""
+    """Write a checkpoint, whole or not at all, and remove those it replaces. Returns what went wrong, or None."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)                        # somebody may have removed it
         with data.whole_file(path) as file:
@@ -236,7 +236,7 @@ def save(path, state, keep_every):
             if not keep_every or int(old.stem) % keep_every:
                 old.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:                                  # torch makes one of a full disk
-        return error
+        return getattr(error, 'strerror', None) or str(error).splitlines()[0]
 
 
 def check_same_run(theirs, cfg, where):
@@ -567,10 +567,11 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
                                 'teacher': teacher.state_dict() if teacher else None, 'step': step,
                                 'opt': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                                 'config': dataclasses.asdict(cfg)}, args.keep_every)
-            check(not (error and (stop or step == cfg.steps)), f'cannot write {path}: {error}; the newest '
-                  f'checkpoint is {newest}')
+            check(not (error and (stop or step == cfg.steps)),
+                  f'cannot write {path} ({error}); the newest checkpoint is {newest}')
             if error:
-                tqdm.write(f'cannot write {path}: {error}; training continues and will try at the next save')
+                tqdm.write(f'cannot write {path} ({error}): training continues and saves again at step '
+                           f'{min(cfg.steps, step + args.save_every)}')
             else:
                 newest = path
         clock += time.perf_counter() - paused                                 # steps are timed, nothing else

@@ -45,12 +45,13 @@ def randomise(module, seed=0, scale=0.1):
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=rng, dtype=parameter.dtype)
+                parameter += scale * torch.randn(parameter.shape, generator=rng)
     return module
 
 
 def build(cfg, dtype=torch.float64, seed=0):
     """(net, teacher or None) with random weights; the teacher's differ from the net's."""
+    torch.manual_seed(seed)
     net = randomise(model.Net(cfg).to(dtype), seed)
     teacher = model.make_teacher(net, cfg)
     if teacher is not None:
