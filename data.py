@@ -35,10 +35,8 @@ import argparse
 import collections
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -49,6 +47,7 @@ import sys
 import tarfile
 import time
 import traceback
+import types
 import uuid
 import warnings
 import zipfile
@@ -85,36 +84,26 @@ def reading(path):
 
 
 def script(name, main):
-    """Run main() as the script `name`: a user's mistake or the disk's ends it with one sentence on stderr.
-
-    A rank that fails may be the only one. It leaves without destroying its process group, because NCCL would
-    wait there for the other ranks, which torchrun ends as soon as this one is gone.
-    """
-    def leave(sentence, status):
-        print(sentence, file=sys.stderr)
-        if not dist.is_initialized():
-            sys.exit(status)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
+    """Run main() as the script `name`: a user's mistake or the disk's ends it with one sentence on stderr."""
     sys.stdout.reconfigure(errors='backslashreplace')                         # file names need not be UTF-8
+    sentence, status = '', 0
     try:
         main()
-    except BadInput as error:
-        leave(f'{name}: {error}', 2)
+    except (BadInput, OSError) as error:                                      # such as a full disk
+        sentence, status = f'{name}: {error}', 2
     except KeyboardInterrupt:
-        leave(f'{name}: interrupted', 130)
-    except OSError as error:                                                  # such as a full disk
-        where = f'{error.filename}: ' if error.filename else ''
-        leave(f'{name}: {where}{error.strerror or error}', 2)
+        sentence, status = f'{name}: interrupted', 130
     except Exception:                                                         # a bug needs its traceback
-        if not dist.is_initialized():
-            raise
-        leave(traceback.format_exc(), 1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        sentence, status = traceback.format_exc(), 1
+    if status:
+        print(sentence, file=sys.stderr)
+    if dist.is_initialized():
+        if status:                            # of this rank alone: NCCL's farewell would wait for all others,
+            sys.stdout.flush()
+            os._exit(status)                  # which torchrun ends when this one is gone
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 def rank_and_world():
@@ -134,20 +123,11 @@ def rank_world_device():
     return *rank_and_world(), device
 
 
-class Lines:
-    """stderr for a progress bar where it is a file: a new line for each update instead of the same one."""
-
-    def write(self, text):
-        sys.stderr.write(text.replace('\r', '\n'))
-
-    def flush(self):
-        sys.stderr.flush()
-
-
 def progress(iterable=None, **settings):
     """tqdm on rank 0 only. Where stderr is no terminal, it prints a plain line once a minute."""
     if not sys.stderr.isatty():
-        settings = {'file': Lines(), 'ascii': True, 'mininterval': 60, 'miniters': 1} | settings
+        lines = types.SimpleNamespace(write=lambda text: sys.stderr.write(text.replace('\r', '\n')))
+        settings = {'file': lines, 'ascii': True, 'mininterval': 60, 'miniters': 1} | settings
     return tqdm(iterable, disable=rank_and_world()[0] > 0, **settings)
 
 
@@ -195,11 +175,9 @@ class Data:
         self.channels = shape[1] // 2 if self.kind == 'moments' else shape[1]
         check(self.count >= 2, f'{path} holds {self.count} images: at least 2 are needed, one is held out')
         labels, last = self.labels, max(self.classes, 1) - 1
-        check(labels.shape == (self.count,) and labels.dtype.kind in 'iu',
-              f'{path}/labels.npy holds {labels.dtype} {labels.shape}: expected integers ({self.count},)')
-        check(0 <= labels.min() and labels.max() <= last,
-              f'{path}/labels.npy holds labels from {labels.min()} to {labels.max()}: expected 0 to {last}, '
-              f'for meta.json has {self.classes} classes')
+        check(labels.shape == (self.count,) and labels.dtype.kind in 'iu'
+              and 0 <= labels.min() and labels.max() <= last,
+              f'{path}/labels.npy must hold {self.count} integers from 0 to {last}, one per image')
         self.labels = labels.astype(np.int64)
         self.held_out = min(1000, max(1, self.count // 50))
         self.trained = self.count - self.held_out
@@ -262,21 +240,11 @@ def read_ahead(read, places, threads=4, ahead=8):
 # --------------------------------------------------------------------------------------- writing a folder
 
 @contextlib.contextmanager
-def naming(path):
-    """An OSError inside gets the name of the file, which a full disk does not give."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-@contextlib.contextmanager
 def whole_file(path):
     """A file to write, which gets its name when all of it is on disk: `path` is never half a file."""
     temporary = pathlib.Path(f'{path}.tmp')
     try:
-        with naming(path), open(temporary, 'wb') as file:
+        with open(temporary, 'wb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -311,68 +279,34 @@ def save_grid(path, images, titles, columns):
         sheet.save(file, 'PNG')
 
 
-def channel_statistics(rows, meta):
-    """{"mean", "std"} of each channel of what the network sees of `rows`.
-
-    Of moments, over all samples that could be drawn: variance of the means plus mean of the variances.
-    """
-    means, squares = [], []
-    for row in rows:
-        x, variance = row.astype(np.float64), 0
-        if meta['kind'] == 'images':
-            x = x / 127.5 - 1
-        elif meta['kind'] == 'moments':
-            mean, logvar = np.split(x, 2)
-            x, variance = meta['scale'] * mean, meta['scale'] ** 2 * np.exp(logvar.clip(-30, 20))
-        means.append(x.mean((1, 2)))
-        squares.append((x ** 2 + variance).mean((1, 2)))
-    mean = np.mean(means, 0)
-    return {'mean': mean.tolist(), 'std': np.sqrt(np.maximum(np.mean(squares, 0) - mean ** 2, 0)).tolist()}
-
-
 def finish(folder, labels, meta):
-    """Write what stands beside data.npy: labels.npy, preview.png and, last, meta.json, which is returned.
+    """Write what stands beside data.npy: labels.npy, meta.json and preview.png, the first 50 images.
 
-    Statistics are of the first 500 rows, the preview shows 50; of latents, their first three channels.
+    Of moments and latents the preview shows three channels of the mean, divided by 3.
     """
-    with whole_file(folder / 'labels.npy') as file:
-        np.save(file, np.array(labels, np.int64))
-    rows = np.load(folder / 'data.npy', mmap_mode='r')
-    meta = meta | {'count': len(labels)} | channel_statistics(rows[:500], meta)
-    images, names = rows[:50], meta.get('class_names') or [str(k) for k in range(meta['classes'])] or ['']
-    if images.dtype != np.uint8:
-        scale = meta['scale'] if meta['kind'] == 'moments' else 1
-        images = to_uint8(torch.from_numpy(images[:, :3].astype(np.float32)) * scale / 3).numpy()
-    save_grid(folder / 'preview.png', images, [names[label] for label in labels[:50]], columns=10)
-    with whole_file(folder / 'meta.json') as file:
-        file.write((json.dumps(meta, indent=1) + '\n').encode())
-    return meta
-
-
-def write_header(file, dtype, shape):
-    """The head of an .npy file, of the same length for any number of rows."""
-    header = {'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': shape}
-    np.lib.format.write_array_header_1_0(file, header)
+    np.save(folder / 'labels.npy', np.array(labels, np.int64))
+    (folder / 'meta.json').write_text(json.dumps(meta | {'count': len(labels)}, indent=1) + '\n')
+    made = Data(folder)
+    raw, some = made.rows(np.arange(min(50, made.count)))
+    x = made.to_input(raw, 0)
+    names = made.class_names or ['']
+    save_grid(folder / 'preview.png', to_uint8(x if made.kind == 'images' else x[:, :3] / 3),
+              [names[label] for label in some], columns=10)
 
 
 def save_folder(out, rows, dtype, shape, meta):
     """Write a data folder from an iterable of (pixels or latents, label), complete or not at all.
 
     It is written under another name beside `out` and renamed: if several processes make the same folder at
-    once, the first one wins. Returns the contents of meta.json.
+    once, the first one wins.
     """
-    out, labels = pathlib.Path(out), []
+    out = pathlib.Path(out)
     partial = out.parent / f'.{out.name}.{uuid.uuid4().hex}'
     partial.mkdir(parents=True)
     try:
-        with whole_file(partial / 'data.npy') as file:
-            write_header(file, dtype, (0, *shape))
-            for row, label in rows:
-                file.write(np.ascontiguousarray(row, dtype).tobytes())
-                labels.append(label)
-            file.seek(0)
-            write_header(file, dtype, (len(labels), *shape))
-        meta = finish(partial, labels, meta)
+        rows, labels = zip(*rows)
+        np.save(partial / 'data.npy', np.array(rows, dtype).reshape(-1, *shape))
+        finish(partial, labels, meta)
         try:
             os.rename(partial, out)
         except OSError:
@@ -380,18 +314,20 @@ def save_folder(out, rows, dtype, shape, meta):
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return meta
 
 
-def report(out, meta, shape):
-    """Print what there is now, and the statistics of its channels."""
-    skipped = f', {meta["skipped"]:,} skipped' if 'skipped' in meta else ''
-    print(f'{out}: {meta["count"]:,} {meta["kind"]} of {" x ".join(map(str, shape))}, '
-          f'{meta["classes"] or "no"} classes{skipped}; preview.png shows some')
-    print('mean of the channels: ' + ', '.join(f'{value:.3f}' for value in meta['mean']))
-    print('standard deviation of the channels: ' + ', '.join(f'{value:.3f}' for value in meta['std'])
+def report(out):
+    """Print what there is now, and statistics of the first 100 images as the network sees them."""
+    made = Data(out)
+    raw, _ = made.rows(np.arange(min(100, made.count)))
+    x = made.to_input(raw, torch.randn(len(raw), made.channels, made.resolution, made.resolution))
+    mean, std = x.mean((0, 2, 3)), x.std((0, 2, 3))
+    print(f'{out}: {made.count:,} {made.kind} of {" x ".join(map(str, made.array.shape[1:]))}, '
+          f'{made.classes or "no"} classes; preview.png shows some')
+    print('mean of the channels: ' + ', '.join(f'{value:.2f}' for value in mean))
+    print('standard deviation of the channels: ' + ', '.join(f'{value:.2f}' for value in std)
           + ' (train.py assumes 0.5, unless --sigma-data says another)')
-    if meta['kind'] != 'images' and not 0.3 < np.mean(meta['std']) < 2.5:
+    if made.kind != 'images' and not 0.3 < std.mean() < 2.5:
         print('note: scaled latents usually have 0.5 to 1.2: is --scale right?')
 
 
@@ -399,7 +335,6 @@ def report(out, meta, shape):
 
 COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233),
            (0, 0, 0), (128, 128, 128))        # Okabe and Ito's, distinguishable by the colour-blind; and grey
-DASHES = (0, 24, 10, 50)                      # of the first, second, ... series of one colour; 0 is solid
 
 
 def ticks(low, high, log):
@@ -414,98 +349,73 @@ def ticks(low, high, log):
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def draw_line(pen, points, colour, dash):
-    """A line through points. Its dashes run on from piece to piece, so that short pieces show them too."""
-    run, spots = 0.0, [points[0]]                                             # below 0 in the gap of a dash
-    for (x, y), (u, v) in zip(points, points[1:]):
-        pieces = max(1, round(math.dist((x, y), (u, v)) / 3)) if dash else 1
-        for i in range(1, pieces + 1):
-            spots.append((x + (u - x) * i / pieces, y + (v - y) * i / pieces))
-            run += math.dist((x, y), (u, v)) / pieces
-            if dash and run > dash:
-                pen.line(spots, colour, 5)
-                run, spots = -dash, []
-            elif run < 0:
-                spots = [spots[-1]]
-    if len(spots) > 1:
-        pen.line(spots, colour, 5, joint='curve')
-
-
 def chart(path, title, series, x_label, y_label, log_x=False, log_y=False):
-    """A PNG with a line per series, (label, colour, xs, ys[, half-widths of error bars]).
+    """A PNG with a labelled line per series, (label, colour, xs, ys[, half-widths of error bars]).
 
-    A label stands at the end of its line. None, NaN and, on a logarithmic axis, numbers up to 0 are gaps.
-    Series of the same colour differ in their dashes, so at most four may share one.
+    None, NaN and, on a logarithmic axis, numbers up to 0 are gaps. A colour is lighter when it comes again.
     """
     font, line_h = ImageFont.load_default(28), 36                             # it is saved at half the size
     left, top, width, height = 150, 130, 1200, max(720, line_h * len(series))
     right, bottom = left + width, top + height
-    sheet = Image.new('RGB', (right + 130 + int(max(font.getlength(one[0]) for one in series)), bottom + 130),
-                      'white')
+    longest = int(max(font.getlength(label) for label, *_ in series))
+    sheet = Image.new('RGB', (right + 40 + longest, bottom + 130), 'white')
     pen = ImageDraw.Draw(sheet)
-    bend_x, bend_y = (math.log10 if log else float for log in (log_x, log_y))
-    lines = []                                # of each series, pieces of (x, y, bar from, bar to), all bent
-    for _, _, xs, ys, *bars in series:
-        pieces = [[]]
-        for x, y, e in zip(xs, ys, bars[0] if bars else [0] * len(xs)):
-            if None in (x, y) or not math.isfinite(x + y) or log_x and x <= 0 or log_y and y <= 0:
-                pieces.append([])
-            else:
-                e = e if e and math.isfinite(e) else 0
-                least = bend_y(y - e) if y > e or not log_y else bend_y(y)
-                pieces[-1].append((bend_x(x), bend_y(y), least, bend_y(y + e)))
-        lines.append([piece for piece in pieces if piece])
 
-    # the axes
-    points = np.array([point for line in lines for piece in line for point in piece] or np.zeros((1, 4)))
-    spans = []
-    for part in (points[:, 0], points[:, 1:]):                                # a margin inside the frame
-        margin = 0.04 * np.ptp(part) or 0.5 * abs(part.max()) or 0.5
-        spans.append((float(part.min() - margin), float(part.max() + margin)))
-    (x_low, x_high), (y_low, y_high) = spans
+    def bend(values, log):
+        values = np.where(np.isfinite(values), values, np.nan)
+        return np.log10(np.where(values > 0, values, np.nan)) if log else values
+
+    def span(bent):
+        bent = bent[np.isfinite(bent)] if np.isfinite(bent).any() else np.zeros(1)
+        margin = 0.04 * np.ptp(bent) or 0.5 * abs(bent.max()) or 0.5          # inside the frame
+        return bent.min() - margin, bent.max() + margin
+
+    lines = []                                # of each series x, y and the ends of its error bars, all bent
+    for _, _, xs, ys, *bars in series:
+        x, y = np.array(xs, float), np.array(ys, float)
+        e = np.array(bars[0] if bars else 0 * x, float)
+        lines.append(np.stack([bend(x, log_x), bend(y, log_y), bend(y - e, log_y), bend(y + e, log_y)]))
+    points = np.concatenate(lines, 1)                                         # (4, points of all series)
+    (x_low, x_high), (y_low, y_high) = span(points[0]), span(points[1:])
     across = lambda x: left + (x - x_low) / (x_high - x_low) * width          # of bent numbers
     down = lambda y: bottom - (y - y_low) / (y_high - y_low) * height
 
-    for y in ticks(*(10 ** y if log_y else y for y in spans[1]), log_y):
-        v = down(bend_y(y))
+    # the axes
+    for y in ticks(*((10 ** y_low, 10 ** y_high) if log_y else (y_low, y_high)), log_y):
+        v = down(bend(y, log_y))
         pen.line([left, v, right, v], (225, 225, 225), 2)
         pen.text((left - 14, v), f'{y:,.10g}', 'black', font, anchor='rm')
-    for x in ticks(*(10 ** x if log_x else x for x in spans[0]), log_x):
-        pen.line([across(bend_x(x)), bottom, across(bend_x(x)), bottom + 12], 'black', 2)
-        pen.text((across(bend_x(x)), bottom + 34), f'{x:,.10g}', 'black', font, anchor='mm')
+    for x in ticks(*((10 ** x_low, 10 ** x_high) if log_x else (x_low, x_high)), log_x):
+        u = across(bend(x, log_x))
+        pen.line([u, bottom, u, bottom + 12], 'black', 2)
+        pen.text((u, bottom + 34), f'{x:,.10g}', 'black', font, anchor='mm')
     pen.line([left, top, left, bottom, right, bottom], 'black', 2)
     pen.text((left, 36), title, 'black', font, anchor='lm')
     pen.text((left, 94), y_label, 'black', font, anchor='lm')
     pen.text(((left + right) / 2, bottom + 84), x_label, 'black', font, anchor='mm')
 
     # the lines
-    used, ends = collections.Counter(), []
-    for i, ((label, colour, *_), line) in enumerate(zip(series, lines)):
-        aside = 7 * (i - (len(series) - 1) / 2) if any(len(one) > 4 for one in series) else 0  # bars in a row
-        for piece in line:
-            spots = [(across(x) + aside, down(y)) for x, y, _, _ in piece]
-            draw_line(pen, spots, colour, DASHES[used[colour]])
-            for (u, v), (_, _, low, high) in zip(spots, piece):
-                if low < high:
-                    for end in (low, high):
-                        pen.line([u, v, u, down(end), u - 7, down(end), u + 7, down(end)], colour, 3)
-                if low < high or len(piece) == 1:                             # a lone point has no line
-                    pen.ellipse([u - 7, v - 7, u + 7, v + 7], colour)
-        u, v = spots[-1] if line else (right, bottom)
-        ends.append((v, u, label, colour, DASHES[used[colour]]))
+    ends, used = [], collections.Counter()
+    for (label, colour, *_), (x, y, low, high) in zip(series, lines):
         used[colour] += 1
+        colour = tuple(round(255 - (255 - c) * 0.6 ** (used[colour] - 1)) for c in colour)
+        u, v = across(x), down(y)
+        there = np.flatnonzero(np.isfinite(u + v))
+        for piece in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1):
+            spots = [*zip(u[piece], v[piece])]
+            if len(spots) > 1:
+                pen.line(spots, colour, 5, joint='curve')
+            for spot in spots if len(spots) == 1 else ():
+                pen.circle(spot, 7, colour)
+        for i in there[low[there] < high[there]]:
+            pen.line([u[i], down(low[i]), u[i], down(high[i])], colour, 3)
+        ends.append((v[there[-1]] if len(there) else bottom, label, colour))
 
-    # the labels at their ends
-    ends.sort()
-    heights = [v for v, *_ in ends]
-    for i in range(1, len(ends)):                                             # push labels apart, down,
-        heights[i] = max(heights[i], heights[i - 1] + line_h)
-    for i in reversed(range(len(ends))):                                      # then up from the lower edge
-        heights[i] = min(heights[i], bottom - line_h * (len(ends) - 1 - i))
-    for (v, u, label, colour, dash), w in zip(ends, heights):
-        pen.line([u, v, right + 20, w], colour, 1)
-        draw_line(pen, [(right + 20, w), (right + 100, w)], colour, dash)
-        pen.text((right + 110, w), label, colour, font, anchor='lm')
+    # their labels, a line apart at least and all above the lower edge
+    w = top - line_h
+    for i, (v, label, colour) in enumerate(sorted(ends)):
+        w = min(max(v, w + line_h), bottom - line_h * (len(ends) - 1 - i))
+        pen.text((right + 20, w), label, colour, font, anchor='lm')
     with whole_file(path) as file:
         sheet.reduce(2).save(file, 'PNG')
 
@@ -575,9 +485,8 @@ def make_shapes(out, size=16, count=20_000, seed=0):
             labels = rng.integers(len(SHAPES), size=min(500, count - start))
             yield from zip(draw_shapes(labels, size, rng), labels.tolist())
 
-    meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES),
-            'source': f'shapes, seed {seed}'}
-    return save_folder(out, rows(), 'uint8', (3, size, size), meta)
+    meta = {'kind': 'images', 'classes': len(SHAPES), 'class_names': list(SHAPES)}
+    save_folder(out, rows(), 'uint8', (3, size, size), meta)
 
 
 def open_data(path):
@@ -648,8 +557,8 @@ def middle(n):
 class VAE(nn.Module):
     """Images to moments and latents to images, unscaled (LATENT_SCALE is not applied here).
 
-    Parameters and activations are float32, also under autocast. On GPUs convolutions run in TF32, torch's
-    default and DiT's and MaskDiT's: its 10 bits of mantissa are those of float16, in which moments are kept.
+    In float32. On GPUs convolutions run in TF32, torch's default and DiT's and MaskDiT's: its 10 bits of
+    mantissa are those of float16, in which moments are kept.
     """
 
     def __init__(self):
@@ -672,10 +581,7 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """x (B, 3, H, H) in [-1, 1] -> moments (B, 8, h, h): the mean, then the log-variance."""
-        check(x.shape[1] == 3 and x.shape[2] == x.shape[3] and x.shape[2] % VAE_FACTOR == 0,
-              f'the VAE encodes (B, 3, H, H) with H a multiple of {VAE_FACTOR}, not {tuple(x.shape)}')
-        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
-            return self.quant_conv(self.encoder(x.to(self.quant_conv.weight)))      # its device, float32
+        return self.quant_conv(self.encoder(x.to(self.quant_conv.weight)))    # its device, float32
 
     def decode(self, z):
         """z (B, 4, h, h) -> x (B, 3, H, H), about [-1, 1].
@@ -683,9 +589,8 @@ class VAE(nn.Module):
         One latent at a time: 512 pixels take about 1 GiB each, and image i does not depend on its batch.
         """
         check(z.shape[1] == 4, f'the VAE decodes latents (B, 4, h, h), not {tuple(z.shape)}')
-        with torch.autocast(self.quant_conv.weight.device.type, enabled=False):
-            z = self.post_quant_conv(z.to(self.quant_conv.weight))            # its device, float32
-            return torch.cat([self.decoder(one) for one in z.split(1)])
+        z = self.post_quant_conv(z.to(self.quant_conv.weight))                # its device, float32
+        return torch.cat([self.decoder(one) for one in z.split(1)])
 
 
 MSE_SHA256 = 'a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815'
@@ -700,8 +605,7 @@ LDM_NAMES = (                                 # diffusers' names, of today and o
     ('.conv_shortcut.', '.nin_shortcut.'), ('.conv_norm_out.', '.norm_out.'), ('.group_norm.', '.norm.'),
     ('.to_q.', '.q.'), ('.to_k.', '.k.'), ('.to_v.', '.v.'), ('.to_out.0.', '.proj_out.'),
     ('.query.', '.q.'), ('.key.', '.k.'), ('.value.', '.v.'), ('.proj_attn.', '.proj_out.'))
-SAFETENSORS = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F64': torch.float64,
-               'I64': torch.int64, 'I32': torch.int32}
+SAFETENSORS = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64}
 
 
 def read_safetensors(path):
@@ -728,10 +632,10 @@ def read_vae(path, device='cpu'):
             head = file.read(40)
             file.seek(0)
             sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-        safe, zipped = head[8:9] == b'{', head[:2] == b'PK'                   # torch's older files are no zip
-        check(safe or zipped or head[:1] == b'\x80', f'{path} is neither a safetensors nor a torch file, it '
-              f'begins with {head!r}: get {PUBLISHED_VAE}')
-        weights = read_safetensors(path) if safe else torch.load(path, 'cpu', weights_only=True, mmap=zipped)
+        safe = head[8:9] == b'{'                                              # torch: a zip file or a pickle
+        check(safe or head[:2] == b'PK' or head[:1] == b'\x80',
+              f'{path} is neither a safetensors nor a torch file, it begins {head!r}: get {PUBLISHED_VAE}')
+        weights = read_safetensors(path) if safe else torch.load(path, 'cpu', weights_only=True)
         weights = weights.get('state_dict', weights)
         inside = 'first_stage_model.' * any(name.startswith('first_stage_model.') for name in weights)
         found = {}
@@ -764,16 +668,14 @@ FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP')       # the content counts, not 
 def load_image(file):
     """(RGB image, upright and opaque; what was done to it, as a list of words) of a path or a binary file."""
     with Image.open(file, formats=FORMATS) as image:
-        done = ['had several frames: the first is used'] * getattr(image, 'is_animated', False)
         image.load()                                                          # a truncated file fails here
-        turned = image
+        turned, done = image, []
         with contextlib.suppress(Exception):                                  # broken EXIF costs no image
             turned = ImageOps.exif_transpose(image)
             done += ['rotated as EXIF says'] * (image.getexif().get(274) in range(2, 9))
         if turned.mode.startswith('I'):                                       # 16 bits of grey
             levels = np.rint(np.asarray(turned) / 257).clip(0, 255)
             turned = Image.fromarray(levels.astype(np.uint8))
-            done.append('reduced from 16 bits to 8')
         elif turned.has_transparency_data:
             turned = turned.convert('RGBA')
             alpha = turned.getchannel('A')
@@ -787,7 +689,6 @@ def load_image(file):
 
 def center_crop(image, size):
     """ADM's crop: halve by box filter while twice too large, then bicubic to `size`, then cut the centre."""
-    check(max(image.size) <= 100 * min(image.size), f'too long for a square: {image.width} x {image.height}')
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -803,32 +704,29 @@ def read_image(path, channels, size):
     return np.array(image.convert('L' if channels == 1 else 'RGB')).reshape(size, size, -1).transpose(2, 0, 1)
 
 
-def list_files(source, leave_out=()):
-    """(names of the files in a folder or zip file; folders directly in it; name -> path or opened file).
+def list_files(source, out):
+    """(names in a folder or zip file, folders with a / at the end; function: name -> opened file).
 
-    Hidden files and folders, the __MACOSX of zip files from a Mac, and the paths `leave_out` are not listed.
+    Hidden names, the __MACOSX of zip files from a Mac, and `out` and what is begun of it are not listed.
     """
     check(os.path.exists(source), f'there is no {source}')
-    hidden = lambda name: name.startswith('.') or name == '__MACOSX'
-    if not os.path.isdir(source):
+    shown = lambda name: not name.startswith('.') and name != '__MACOSX'
+    if os.path.isdir(source):
+        def stop(error):                                                      # a class would be lost
+            raise error
+
+        names, opened = [], lambda name: open(os.path.join(source, name), 'rb')
+        for folder, folders, files in os.walk(source, onerror=stop, followlinks=True):
+            folders[:] = sorted(filter(shown, folders))
+            inside = f'{os.path.relpath(folder, source)}/'.removeprefix('./')
+            names += [inside + name for name in (*sorted(files), *(f'{name}/' for name in folders))]
+    else:
         with reading(source):
             archive = zipfile.ZipFile(source)
-        names = sorted(name for name in archive.namelist() if not any(map(hidden, name.split('/'))))
-        folders = sorted({name.split('/')[0] for name in names if '/' in name})
-        return [name for name in names if not name.endswith('/')], folders, archive.open
-
-    def stop(error):                                                          # a class would be lost
-        raise error
-
-    names, classes, leave_out = [], None, [os.path.realpath(path) for path in leave_out]
-    for folder, folders, files in os.walk(source, followlinks=True, onerror=stop):
-        above = [os.path.realpath(place) for place in (folder, *pathlib.Path(folder).parents)]
-        folders[:] = sorted(name for name in folders if not hidden(name)      # nor a link to what it lies in
-                            and os.path.realpath(os.path.join(folder, name)) not in (*leave_out, *above))
-        classes = list(folders) if classes is None else classes
-        inside = os.path.relpath(folder, source)
-        names += [os.path.normpath(os.path.join(inside, name)) for name in sorted(files) if not hidden(name)]
-    return names, classes, functools.partial(os.path.join, source)
+        names, opened = sorted(archive.namelist()), archive.open
+    ours = os.path.relpath(os.path.realpath(out), os.path.realpath(source))
+    return [name for name in names if all(map(shown, name.split('/')))
+            and not name.startswith((f'{ours}/', f'{ours}.partial/'))], opened
 
 
 # ------------------------------------------------------------------------------------------------- prepare
@@ -838,9 +736,9 @@ def list_files(source, leave_out=()):
 # OUT.partial/000007.json    their labels and what was skipped; written last, it marks a finished chunk
 # OUT.partial/made/          becomes OUT when all rows are in it
 #
-# Every file appears by renaming, so a kill leaves whole files. Rank r makes chunks r, r + world, ...; rank 0
-# joins them. An image's chunk and its place in a batch of the encoder do not depend on the number of ranks or
-# restarts, so its bytes do not either.
+# Plan, chunks and OUT appear by renaming, so a kill leaves whole files. Rank r makes chunks r, r + world, ...;
+# rank 0 joins them. An image's chunk and its place in a batch of the encoder do not depend on the number of
+# ranks or restarts, so its bytes do not either.
 
 CHUNK = 256                                   # images; at 256 pixels 4 MB of moments
 BATCH = {'cpu': 4, 'cuda': 32}                # images of 256 pixels that the VAE encodes at once
@@ -861,13 +759,7 @@ def attempt(read, item):
         raise
 
 
-def stop_if_failed(partial):
-    """Rank 0 stops where another rank has failed; under torchrun, all others stop then."""
-    if rank_and_world()[0] == 0 and (partial / 'failed').exists():
-        raise BadInput(f'another rank has failed, {(partial / "failed").read_text()}')
-
-
-def make_chunks(partial, chunks, read, dtype, shape, workers, encode, batch):
+def make_chunks(partial, chunks, read, workers, encode):
     """Write the files of `chunks`, {number: items}. Threads read a chunk while the one before is encoded."""
     items = [item for chunk in chunks.values() for item in chunk]
     answers = read_ahead(functools.partial(attempt, read), items, workers, CHUNK)
@@ -881,30 +773,24 @@ def make_chunks(partial, chunks, read, dtype, shape, workers, encode, batch):
                     made.append(answer[0])
                     labels.append(answer[1])
                     notes.update(answer[2])
-            bar.update(len(skipped))
-            rows = np.empty((len(made), *shape), dtype)
-            for at in range(0, len(rows), batch):
-                some = np.stack(made[at:at + batch])
-                rows[at:at + batch] = encode(some) if encode else some
-                bar.update(len(some))
             with whole_file(partial / f'{k:06d}.rows') as file:
-                file.write(rows.tobytes())
+                file.write(encode(np.stack(made)).tobytes() if made else b'')
             with whole_file(partial / f'{k:06d}.json') as file:
                 file.write(json.dumps({'labels': labels, 'skipped': skipped, 'notes': notes}).encode())
-            stop_if_failed(partial)
+            bar.update(len(chunk))
 
 
-def join(partial, count, dtype, shape, meta, skipped, notes):
-    """Move the rows of all chunks into made/data.npy and finish that folder. Returns its meta.
+def join(partial, count, dtype, shape, meta):
+    """Move the rows of all chunks into made/data.npy and finish that folder.
 
     A chunk's rows are removed once they are in data.npy; the numbers of labels say where they are there.
     """
-    made, labels, skipped, done = partial / 'made', [], list(skipped), collections.Counter()
+    made, labels, skipped, notes = partial / 'made', [], [], collections.Counter()
     records = [json.loads((partial / f'{k:06d}.json').read_text()) for k in range(count)]
     for record in records:
         labels += record['labels']
         skipped += record['skipped']
-        done.update(record['notes'])
+        notes.update(record['notes'])
     for name, reason in skipped[:10]:
         print(f'skipped {name}: {reason}')
     if len(labels) < 2:
@@ -912,15 +798,15 @@ def join(partial, count, dtype, shape, meta, skipped, notes):
         raise BadInput(f'{len(labels)} images could be read and {len(skipped):,} could not: 2 are needed')
     if skipped:
         print(f'skipped in all: {len(skipped):,}, listed in skipped.txt')
-        with whole_file(made / 'skipped.txt') as file:
-            for name, reason in skipped:
-                file.write(f'{name}\t{reason}\n'.encode(errors='backslashreplace'))
-    for sentence in [*notes, *(f'{number:,} {what}' for what, number in sorted(done.items()))]:
-        print(sentence)
+        text = ''.join(f'{name}\t{reason}\n' for name, reason in skipped)
+        (made / 'skipped.txt').write_text(text, 'utf-8', 'backslashreplace')
+    for what, number in notes.items():
+        print(f'{number:,} {what}')
 
     (made / 'data.npy').touch()
-    with naming(made / 'data.npy'), open(made / 'data.npy', 'r+b') as file:
-        write_header(file, dtype, (len(labels), *shape))
+    with open(made / 'data.npy', 'r+b') as file:
+        header = {'descr': np.dtype(dtype).str, 'fortran_order': False, 'shape': (len(labels), *shape)}
+        np.lib.format.write_array_header_1_0(file, header)
         for k in progress(range(count), desc='joining', unit=' chunks'):
             size = len(records[k]['labels']) * math.prod(shape) * np.dtype(dtype).itemsize
             rows = partial / f'{k:06d}.rows'
@@ -932,82 +818,46 @@ def join(partial, count, dtype, shape, meta, skipped, notes):
             file.flush()
             os.fsync(file.fileno())
             rows.unlink()
-    return finish(made, labels, {'classes': max(labels) + 1} | meta | {'skipped': len(skipped)})
+    finish(made, np.maximum(labels, 0), {'classes': max(labels) + 1} | meta)
 
 
-@contextlib.contextmanager
-def working_folder(out, partial, plan, needed):
-    """Make `partial`, or resume in it if its plan is ours. Rank 0 locks it. `needed` bytes must be free."""
-    with contextlib.ExitStack() as stack:
-        if rank_and_world()[0] == 0:
-            (partial / 'made').mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(partial / 'lock', 'w'))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise BadInput(f'another program is preparing {out} now') from None
-            except OSError:
-                pass                                                          # a disk without locks
-            (partial / 'failed').unlink(missing_ok=True)
-            if not (partial / 'plan.json').exists():
-                free = shutil.disk_usage(partial).free
-                if free < needed:
-                    shutil.rmtree(partial)
-                    raise BadInput(f'{out} needs {needed / 1e9:,.1f} GB and its disk has {free / 1e9:,.1f} GB'
-                                   f': make room, or choose another --out')
-                with whole_file(partial / 'plan.json') as file:
-                    file.write(json.dumps(plan).encode())
-        while not (partial / 'plan.json').exists() and not os.path.lexists(out):
-            time.sleep(0.1)                                                   # until rank 0 has begun
-        with contextlib.suppress(FileNotFoundError):                          # removed by rank 0 at its end
-            old = json.loads((partial / 'plan.json').read_text())
-            differ = [f'{key} was {str(old.get(key))[:80]} and is now {str(plan[key])[:80]}'
-                      for key in plan if old.get(key) != plan[key]]
-            check(not differ, f'{partial} was begun for something else ({"; ".join(differ)}): to resume, '
-                  f'type the command as it was; to start again, remove {partial}')
-        yield
-
-
-def prepare(out, items, read, dtype, shape, meta, workers, encode=None, batch=CHUNK, skipped=(), notes=()):
+def prepare(out, items, read, dtype, shape, meta, workers, encode=lambda rows: rows):
     """Write the data folder `out`, all ranks together, restartable.
 
-    items            [(name, label)], shuffled here, so that the held-out end is a fair sample
-    read             read(name, label) -> (row, label, [what was done to it]), called in threads
-    encode           rows (n, ...) -> rows (n, *shape), `batch` at a time; None keeps what was read
-    meta             contents of meta.json; without "classes" they are counted from the labels
-    skipped, notes   [(name, reason)] and sentences for the closing summary
+    items     [(name, label)], shuffled here, so that the held-out end is a fair sample
+    read      read(name, label) -> (row, label, [what was done to it]), called in threads
+    encode    what was read of a chunk (n, ...) -> rows (n, *shape) of `dtype`
+    meta      contents of meta.json; without "classes" they are counted from the labels
     """
-    rank, world = rank_and_world()
-    partial = pathlib.Path(f'{out}.partial')
+    (rank, world), partial = rank_and_world(), pathlib.Path(f'{out}.partial')
     order = np.random.default_rng(0).permutation(len(items))
     chunks = [[items[i] for i in order[at:at + CHUNK]] for at in range(0, len(items), CHUNK)]
     names = hashlib.sha256(os.fsencode('\0'.join(f'{name}\0{label}' for name, label in items))).hexdigest()
     plan = meta | {'vae': None, 'images': len(items), 'names': names, 'shape': list(shape), 'chunk': CHUNK}
-    record = lambda k: partial / f'{k:06d}.json'
-    with working_folder(out, partial, plan, len(items) * math.prod(shape) * np.dtype(dtype).itemsize):
-        todo = {k: chunks[k] for k in range(rank, len(chunks), world) if not record(k).exists()}
+    begun = partial / 'plan.json'
+    if rank == 0 and not begun.exists():
+        (partial / 'made').mkdir(parents=True, exist_ok=True)
+        with whole_file(begun) as file:
+            file.write(json.dumps(plan).encode())
+    while not begun.exists():
         if os.path.lexists(out):
             return                                                            # rank 0 is finished, without us
-        clock = time.perf_counter()
-        try:
-            make_chunks(partial, todo, read, dtype, shape, workers, encode, batch)
-        except Exception as error:
-            if rank:
-                (partial / 'failed').write_text(f'rank {rank}: {error}')      # for rank 0, which waits below
-            raise
-        if rank:
-            return
-        if todo:
-            rate = sum(map(len, todo.values())) / (time.perf_counter() - clock)
-            print(f'{rate:,.1f} images/s with {workers} threads; {world} such ranks')
-        missing = range(len(chunks))
-        while missing := [k for k in missing if not record(k).exists()]:
-            stop_if_failed(partial)
-            time.sleep(0.2)
-        meta = join(partial, len(chunks), dtype, shape, meta, skipped, notes)
-        os.rename(partial / 'made', out)
-        shutil.rmtree(partial)
-    report(out, meta, shape)
+        time.sleep(0.1)
+    old = json.loads(begun.read_text())
+    differ = [key for key in plan if old.get(key) != plan[key]]
+    check(not differ, f'{partial} was begun with another {", ".join(differ)}: to resume, type the command '
+          f'as it was; to start again, remove {partial}')
+
+    missing = lambda numbers: [k for k in numbers if not (partial / f'{k:06d}.json').exists()]
+    todo = {k: chunks[k] for k in missing(range(rank, len(chunks), world))}
+    make_chunks(partial, todo, read, workers, encode)
+    if rank:
+        return
+    while missing(range(len(chunks))):        # the other ranks'; if one fails, torchrun ends this one too
+        time.sleep(0.2)
+    join(partial, len(chunks), dtype, shape, meta)
+    os.rename(partial / 'made', out)
+    shutil.rmtree(partial)
 
 
 # ------------------------------------------------------------------------------------------------- folder
@@ -1019,49 +869,44 @@ def make_folder(source, out, size, workers, vae=None, scale=LATENT_SCALE):
     """
     check(not vae or size % VAE_FACTOR == 0, f'--size {size} must be a multiple of {VAE_FACTOR} for the VAE')
     check(vae or scale == LATENT_SCALE, '--scale is for moments, which need --vae')
-    files, classes, where = list_files(source, leave_out=(out, f'{out}.partial'))
-    names = [name for name in files if name.lower().endswith(SUFFIXES)]
+    listed, opened = list_files(source, out)
+    names, classes = [name for name in listed if name.lower().endswith(SUFFIXES)], []
     check(names, f'{source} holds no image: expected {", ".join(SUFFIXES)}, in one sub-folder per class')
-    notes, skipped = [], []
-    others = collections.Counter(pathlib.Path(name).suffix for name in set(files) - set(names))
-    if others:
-        notes = [f'files left out, by suffix: {dict(others)}']
-    classes = classes if any('/' in name for name in names) else []
-    if classes:
-        skipped = [(name, 'is beside the class folders') for name in names if '/' not in name]
+    if any('/' in name for name in names):
+        classes = sorted({name.split('/')[0] for name in listed if '/' in name})
         names = [name for name in names if '/' in name]
     label = {name: k for k, name in enumerate(classes)}
     items = [(name, label.get(name.split('/')[0], 0)) for name in names]
-    for k in sorted(set(label.values()) - {k for _, k in items}):
-        notes.append(f'class {k}, {classes[k]}, has no images: it keeps its number')
+    others = {name for name in listed if not name.endswith('/')}.difference(names)
+    others = collections.Counter(pathlib.Path(name).suffix for name in others)
+    if others and rank_and_world()[0] == 0:
+        print(f'not used, as no images or beside the class folders, by suffix: {dict(others)}')
     meta = {'kind': 'moments' if vae else 'images', 'classes': len(classes)}
-    meta['source'] = f'folder, {size} pixels'
     if classes:
         meta['class_names'] = [name.encode(errors='backslashreplace').decode() for name in classes]
 
     def read(name, label):
-        image, done = load_image(where(name))
-        done += ['enlarged, being smaller than --size'] * (min(image.size) < size)
+        image, done = load_image(opened(name))
         return np.asarray(center_crop(image, size)).transpose(2, 0, 1), label, done
 
     if not vae:
-        return prepare(out, items, read, 'uint8', (3, size, size), meta, workers, None, CHUNK, skipped, notes)
+        return prepare(out, items, read, 'uint8', (3, size, size), meta, workers)
     device = rank_world_device()[2]
     network, sha256 = read_vae(vae, device)
     torch.backends.cudnn.deterministic = True                                 # the same bytes after a resume
-    if sha256 != MSE_SHA256:
-        notes.append(f'note: {vae} is not sd-vae-ft-mse by its SHA-256: is its scale {scale:g}? That of '
-                     f'Stable Diffusion 1 and 2 is 0.18215, that of SDXL --scale 0.13025')
+    if sha256 != MSE_SHA256 and rank_and_world()[0] == 0:
+        print(f'note: {vae} is not sd-vae-ft-mse by its SHA-256: is its scale {scale:g}? That of '
+              f'Stable Diffusion 1 and 2 is 0.18215, that of SDXL --scale 0.13025')
     meta |= {'scale': scale, 'vae': os.path.abspath(vae), 'vae_sha256': sha256, 'device': device.type}
-    batch = max(1, min(BATCH[device.type], BATCH[device.type] * 256 ** 2 // size ** 2))
     side, encode = size // VAE_FACTOR, functools.partial(encode_images, network, device)
-    prepare(out, items, read, 'float16', (8, side, side), meta, workers, encode, batch, skipped, notes)
+    prepare(out, items, read, 'float16', (8, side, side), meta, workers, encode)
 
 
-@torch.no_grad()
 def encode_images(vae, device, images):
-    """uint8 (n, 3, S, S) -> moments float16 (n, 8, S/8, S/8)."""
-    moments = vae.encode(torch.from_numpy(images).to(device) / 127.5 - 1).half().cpu()
+    """uint8 (n, 3, S, S) -> moments float16 (n, 8, S/8, S/8), in batches of as many pixels for any S."""
+    batch = max(1, min(BATCH[device.type], BATCH[device.type] * 256 ** 2 // images.shape[2] ** 2))
+    moments = torch.cat([vae.encode(some.to(device) / 127.5 - 1).half().cpu()
+                         for some in torch.from_numpy(images).split(batch)])
     check(moments.isfinite().all(), 'the VAE makes moments that are not finite in float16: is it damaged?')
     return moments.numpy()
 
@@ -1085,24 +930,8 @@ def make_cifar(source, out):
     records = np.concatenate([batches[name] for name in wanted])
     order = np.random.default_rng(0).permutation(len(records))
     rows = ((records[i, 1:].reshape(3, 32, 32), int(records[i, 0])) for i in order)
-    meta = {'kind': 'images', 'classes': 10, 'class_names': CIFAR_CLASSES, 'source': 'CIFAR-10, training set'}
-    report(out, save_folder(out, rows, 'uint8', (3, 32, 32), meta), (3, 32, 32))
-
-
-def read_attribute(source, attribute):
-    """{image name: 0 or 1} from list_attr_celeba.txt in or beside `source`, or in a folder Anno there.
-
-    The file holds a count, 40 names, then a line per image with its name and 40 times -1 or 1.
-    """
-    folder, name = pathlib.Path(source).resolve(), 'list_attr_celeba.txt'
-    places = [place / way for place in (folder, *folder.parents[:2]) for way in (name, f'Anno/{name}')]
-    path = next((place for place in places if place.is_file()), None)
-    check(path, f'--attribute needs {name} in or beside {source}')
-    with reading(path):
-        _, names, *lines = [line.split() for line in path.read_text().splitlines()]
-        check(attribute in names, f'--attribute {attribute} is none of {", ".join(names)}')
-        column = names.index(attribute) + 1
-        return {words[0]: {'1': 1, '-1': 0}[words[column]] for words in lines}
+    meta = {'kind': 'images', 'classes': 10, 'class_names': CIFAR_CLASSES}
+    save_folder(out, rows, 'uint8', (3, 32, 32), meta)
 
 
 def make_celeba(source, out, size, crop, attribute, workers):
@@ -1111,67 +940,62 @@ def make_celeba(source, out, size, crop, attribute, workers):
     left, top = x - side // 2, y - side // 2
     check(side > 0 and 0 <= left <= 178 - side and 0 <= top <= 218 - side,
           f'--crop {side} {x} {y} reaches out of the 178 x 218 pixels')
-    files, _, where = list_files(source, leave_out=(out, f'{out}.partial'))
-    names = [name for name in files if name.lower().endswith('.jpg')]
+    listed, opened = list_files(source, out)
+    names = [name for name in listed if name.lower().endswith('.jpg')]
     check(names, f'{source} holds no .jpg: expected img_align_celeba.zip, or the folder in it')
-    labels = read_attribute(source, attribute) if attribute else {}
-    lost = [name for name in names if attribute and os.path.basename(name) not in labels]
-    check(not lost, f'list_attr_celeba.txt lacks {lost[:1]} and {len(lost) - 1} more')
-    items = [(name, labels.get(os.path.basename(name), 0)) for name in names]
+    items, meta = [(name, 0) for name in names], {'kind': 'images', 'classes': 0, 'crop': list(crop)}
+    if attribute:
+        path = pathlib.Path(source).absolute().parent / 'list_attr_celeba.txt'
+        with reading(path):                   # a count, 40 names, then lines of an image and 40 times -1 or 1
+            _, attributes, *lines = [line.split() for line in path.read_text().splitlines()]
+            check(attribute in attributes, f'--attribute {attribute} is none of {", ".join(attributes)}')
+            column = attributes.index(attribute) + 1
+            label_of = {words[0]: int(words[column] == '1') for words in lines}
+            items = [(name, label_of[os.path.basename(name)]) for name in names]
+        meta |= {'classes': 2, 'class_names': [f'not {attribute}', attribute]}
 
     def read(name, label):
-        image, done = load_image(where(name))
+        image, done = load_image(opened(name))
         check(image.size == (178, 218), f'not aligned, 178 x 218: {image.width} x {image.height}')
         image = image.crop((left, top, left + side, top + side))
         image = image.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(image).transpose(2, 0, 1), label, done
 
-    meta = {'kind': 'images', 'classes': 2 if attribute else 0,
-            'source': f'CelebA, {side} pixels around ({x}, {y}) to {size}, classes by {attribute}'}
-    meta |= {'class_names': [f'not {attribute}', attribute]} if attribute else {}
     prepare(out, items, read, 'uint8', (3, size, size), meta, workers)
 
 
 # ------------------------------------------------------------------------------------------------- import
 
 def open_layout(source, out):
-    """(layout, [(name, label)], has labels, fetch(name, label) -> (row, label, notes)) of others' data."""
-    if str(source).endswith('.npz'):                                          # arr_0 (N, H, W, 3), arr_1 (N,)
+    """([(name, label)], function (name, label) -> (row, label)) of what others prepared; -1 is no label."""
+    if str(source).endswith('.npz'):          # ADM: arr_0 (N, H, W, 3), arr_1 (N,)
         with reading(source), np.load(source) as file:
-            array = file['arr_0'].transpose(0, 3, 1, 2) if file['arr_0'].dtype == np.uint8 else file['arr_0']
-            labels = file['arr_1'] if 'arr_1' in file else np.full(len(array), -1)
-            check(len(labels) == len(array), f'{source} has {len(array)} rows and {len(labels)} labels')
-            items = [(str(i), int(labels[i])) for i in range(len(array))]
-        return "ADM's .npz", items, labels.max() >= 0, lambda name, label: (array[int(name)], label, [])
+            rows = file['arr_0'].transpose(0, 3, 1, 2) if file['arr_0'].dtype == np.uint8 else file['arr_0']
+            labels = file['arr_1'] if 'arr_1' in file else np.full(len(rows), -1)
+            items = [(str(i), int(labels[i])) for i in range(len(rows))]
+        return items, lambda name, label: (rows[int(name)], label)
 
-    files, _, where = list_files(source, leave_out=(out, f'{out}.partial'))
-    features = [name for name in files if '_features/' in name]
-    if features:                                                              # (1, C, h, h), labels (1,)
-        def fetch(name, _):
-            return np.load(where(name))[0], int(np.load(where(name.replace('_features/', '_labels/')))[0]), []
-        return "fast-DiT's features", [(name, -1) for name in features], True, fetch
+    listed, opened = list_files(source, out)
+    features = [name for name in listed if '_features/' in name and name.endswith('.npy')]
+    if features:                              # fast-DiT: (1, C, h, h), (1,)
+        return [(name, -1) for name in features], lambda name, _: (
+            np.load(opened(name))[0], int(np.load(opened(name.replace('_features/', '_labels/')))[0]))
 
-    check('dataset.json' in files, f'{source} is in no known layout: expected an .npz file, a folder with '
+    check('dataset.json' in listed, f'{source} is in no known layout: expected an .npz file, a folder with '
           f'NAME_features in it, or a folder or zip file with dataset.json in it')
-    with reading(f'{source}/dataset.json'):                                   # "labels": [[name, class], ...]
-        opened = where('dataset.json')
-        with open(opened, 'rb') if isinstance(opened, str) else opened as file:
-            labels = json.load(file)['labels']
-        label_of = dict(labels or [])
-        items = [(name, int(label_of[name]) if labels else -1) for name in files
+    with reading(f'{source}/dataset.json'):   # EDM: "labels": [[name, class], ...], or null
+        pairs = json.load(opened('dataset.json'))['labels']
+        label_of = dict(pairs or [])
+        items = [(name, int(label_of[name]) if pairs else -1) for name in listed
                  if name.lower().endswith(('.npy', *SUFFIXES))]
-
-    def fetch(name, label):
-        if name.endswith('.npy'):
-            return np.load(where(name)), label, []
-        image, done = load_image(where(name))
-        return np.asarray(image).transpose(2, 0, 1), label, done
-    return "EDM's layout", items, bool(labels), fetch
+    pixels = lambda name: np.asarray(load_image(opened(name))[0]).transpose(2, 0, 1)
+    return items, lambda name, label: (
+        np.load(opened(name)) if name.endswith('.npy') else pixels(name), label)
 
 
 def make_import(source, out, scale, workers):
     """Copy what another repository has prepared; see the docstring of this file."""
-    layout, items, labelled, fetch = open_layout(source, out)
+    items, fetch = open_layout(source, out)
     check(len(items) > 1, f'{source} holds {len(items)} rows: at least 2 are needed')
     answers = [attempt(fetch, item) for item in items[::-(-len(items) // 16)]]
     some = [answer[0] for answer in answers if not isinstance(answer, str)]
@@ -1185,24 +1009,23 @@ def make_import(source, out, scale, workers):
     check(kind != 'images' or scale is None, '--scale is for latents, and these are images')
     # Stable Diffusion's log-variances are far below 0, and standard deviations never are
     deviations = kind == 'moments' and min(row[4:].min() for row in some) >= 0
-    content = f'{kind}, mean and standard deviation' if deviations else kind
-    print(f'{source}: {layout}, {len(items):,} rows of {given} {" x ".join(map(str, shape))}: {content}')
+    if rank_and_world()[0] == 0:
+        print(f'{source}: {len(items):,} rows of {given} {shape}: '
+              f'{"means and standard deviations" if deviations else kind}')
 
     def read(name, label):
-        row, label, done = fetch(name, label)
+        row, label = fetch(name, label)
         check(row.shape == shape and row.dtype == given, f'{row.dtype} {row.shape} is not {given} {shape}')
         if deviations:
             mean, std = np.split(row.astype(np.float32), 2)
-            check(std.min() >= 0, 'a standard deviation is below 0')
             row = np.concatenate([mean, 2 * np.log(std.clip(1e-7))])
         elif kind == 'latents' and scale is not None:
             row = scale * row.astype(np.float32)
-        with np.errstate(over='ignore'):
-            row = row.astype(dtype)
+        row = row.astype(dtype)
         check(np.isfinite(row).all(), f'numbers are not finite in {dtype}')
-        return row, max(label, 0), done
+        return row, label, []
 
-    meta = {'kind': kind, 'source': f'import of {layout}, {content}'} | ({} if labelled else {'classes': 0})
+    meta = {'kind': kind}
     if kind != 'images':
         meta['scale'] = LATENT_SCALE if scale is None else scale
     prepare(out, items, read, dtype, shape, meta, workers)
@@ -1211,8 +1034,8 @@ def make_import(source, out, scale, workers):
 # ------------------------------------------------------------------------------------------- command line
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description='Prepare a data folder.', allow_abbrev=False,
-                                     epilog='`data.py folder --help` shows the flags of `folder`, and so on.')
+    about = 'Prepare a data folder. `data.py folder --help` shows the flags of `folder`, and so on.'
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
     commands = parser.add_subparsers(dest='what', required=True)
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
@@ -1239,36 +1062,29 @@ def parse(argv):
     flag('--size', type=int, default=64, help='pixels a side')
     flag('--crop', type=int, nargs=3, default=(128, 89, 121), metavar=('SIDE', 'X', 'Y'),
          help='square around a centre, in pixels')
-    flag('--attribute', help='one of list_attr_celeba.txt, as the class; without it there are no classes')
+    flag('--attribute', help='one of list_attr_celeba.txt beside the source, as the class; none: no classes')
     flag = command('import', 'what another repository has prepared', 'data', 'folder, .zip or .npz')
     flag('--scale', type=float, help=f'what latents or samples of moments are multiplied by; none: 1 for '
          f'latents, {LATENT_SCALE} for moments')
     return parser.parse_args(argv)
 
 
+MAKE = {'folder': make_folder, 'celeba': make_celeba, 'import': make_import, 'cifar10': make_cifar,
+        'shapes': lambda out, size, n, seed: make_shapes(out, size, n, seed)}
+
+
 def main(argv=None):
-    args = parse(argv)
+    flags = vars(parse(argv))
+    what, out, rank = flags.pop('what'), flags['out'], rank_and_world()[0]
     for name, least in (('size', 1), ('workers', 1), ('n', 2), ('seed', 0)):
-        check(getattr(args, name, least) >= least, f'--{name} must be at least {least}')
-    check(getattr(args, 'scale', None) is None or args.scale > 0, '--scale must be above 0')
+        check(flags.get(name, least) >= least, f'--{name} must be at least {least}')
+    check(flags.get('scale') is None or flags['scale'] > 0, '--scale must be above 0')
+    check(rank or not os.path.lexists(out), f'{out} exists already: remove it, or choose another --out')
     warnings.filterwarnings('ignore', module='PIL')                           # the summary has what matters
-    rank, partial = rank_and_world()[0], pathlib.Path(f'{args.out}.partial')
-    if os.path.lexists(args.out):
-        if rank == 0 and partial.exists() and not (partial / 'made').exists():
-            shutil.rmtree(partial)                                            # killed while it tidied up
-            print(f'{args.out} was complete')
-        else:
-            check(rank, f'{args.out} exists already: remove it, or choose another --out')
-    elif args.what == 'folder':
-        make_folder(args.source, args.out, args.size, args.workers, args.vae, args.scale)
-    elif args.what == 'celeba':
-        make_celeba(args.source, args.out, args.size, args.crop, args.attribute, args.workers)
-    elif args.what == 'import':
-        make_import(args.source, args.out, args.scale, args.workers)
-    elif rank == 0 and args.what == 'cifar10':                                # quick: no work for several
-        make_cifar(args.source, args.out)
-    elif rank == 0:
-        report(args.out, make_shapes(args.out, args.size, args.n, args.seed), (3, args.size, args.size))
+    if not os.path.lexists(out) and (rank == 0 or what not in ('cifar10', 'shapes')):     # these are quick
+        MAKE[what](**flags)
+    if rank == 0:
+        report(out)
 
 
 if __name__ == '__main__':

@@ -3,12 +3,9 @@
 How other data get into the format is in test_prepare.py.
 """
 
-import errno
-import io
 import json
 import os
 import threading
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -60,7 +57,7 @@ def test_latents_are_used_as_they_are(tmp_path):
     assert torch.equal(dataset.to_input(raw, None), torch.from_numpy(np.load(tmp_path / 'data.npy')))
 
 
-@pytest.mark.parametrize('count, held_out', [(2, 1), (49, 1), (100, 2), (20_000, 400), (60_000, 1000)])
+@pytest.mark.parametrize('count, held_out', [(2, 1), (100, 2), (60_000, 1000)])
 def test_the_last_two_percent_are_held_out(tmp_path, count, held_out):
     dataset = data.Data(small(tmp_path, shape=(count, 1, 1, 1), classes=0))
     assert dataset.held_out == held_out and dataset.trained == count - held_out
@@ -108,21 +105,16 @@ SPOILS = {
     'nothing there': lambda folder: folder.rename(f'{folder}.gone'),
     'no labels': lambda folder: (folder / 'labels.npy').unlink(),
     'truncated': lambda folder: os.truncate(folder / 'data.npy', 1000),
-    'half a header': lambda folder: os.truncate(folder / 'data.npy', 50),
     'half a JSON': lambda folder: (folder / 'meta.json').write_text('{"kind":'),
-    'a JSON list': lambda folder: (folder / 'meta.json').write_text('[1]'),
     'another kind': lambda folder: (folder / 'meta.json').write_text('{"kind": "movies", "classes": 2}'),
-    'classes in words': lambda folder: (folder / 'meta.json').write_text(
-        '{"kind": "images", "classes": "two"}'),
+    'no classes': lambda folder: (folder / 'meta.json').write_text('{"kind": "images"}'),
     'names': lambda folder: small(folder, class_names=['one']),
     'moments without scale': lambda folder: small(folder, 'moments', (10, 8, 2, 2), 'float16'),
     'not as high as wide': lambda folder: small(folder, shape=(10, 3, 8, 16)),
     'another type': lambda folder: small(folder, dtype='float64'),
     'one image': lambda folder: small(folder, shape=(1, 3, 8, 8)),
     'a label too high': lambda folder: np.save(folder / 'labels.npy', np.full(10, 2)),
-    'a label below 0': lambda folder: np.save(folder / 'labels.npy', np.full(10, -1)),
     'a label less': lambda folder: np.save(folder / 'labels.npy', np.zeros(9, int)),
-    'labels that are no integers': lambda folder: np.save(folder / 'labels.npy', np.zeros(10)),
     'a pickle': lambda folder: np.save(folder / 'data.npy', np.array([object()] * 10)),
 }
 
@@ -139,7 +131,7 @@ def test_a_bad_folder_is_one_sentence(tmp_path, what):
 # ------------------------------------------------------------------------------------------------- writing
 
 def test_files_appear_whole(tmp_path, monkeypatch):
-    """A file gets its name when all of it is on disk; a disk that fills leaves the old one, and is named."""
+    """A file gets its name when all of it is on disk; a disk that fills leaves the old one."""
     did = []
     for name in ('fsync', 'replace'):
         true = getattr(os, name)
@@ -147,35 +139,26 @@ def test_files_appear_whole(tmp_path, monkeypatch):
     with data.whole_file(tmp_path / 'a') as file:
         file.write(b'new')
         assert not (tmp_path / 'a').exists()
-    assert did == ['fsync', 'replace'] and (tmp_path / 'a').read_bytes() == b'new'
-    with pytest.raises(OSError) as error, data.whole_file(tmp_path / 'a') as file:
+    assert did == ['fsync', 'replace']
+    with pytest.raises(OSError), data.whole_file(tmp_path / 'a') as file:
         file.write(b'newer')
-        raise OSError(errno.ENOSPC, 'No space left on device')
-    assert error.value.filename == str(tmp_path / 'a')
+        raise OSError('No space left on device')
     assert [path.name for path in tmp_path.iterdir()] == ['a'] and (tmp_path / 'a').read_bytes() == b'new'
 
 
-def test_a_failed_folder_leaves_nothing_and_the_first_of_two_wins(tmp_path):
+def test_the_first_of_two_processes_wins(tmp_path):
+    """Ranks that draw the shapes at once."""
     def rows(label):
-        for k in range(4):
-            yield np.zeros((3, 8, 8)), label
-            if k == 2 and label == 0:
-                data.save_folder(tmp_path / 'd', rows(1), 'uint8', (3, 8, 8), meta)
-            if label == 2:
-                raise OSError(errno.ENOSPC, 'No space left on device')
+        yield from [(np.zeros((3, 8, 8)), label)] * 4
+        if label == 0:
+            data.save_folder(tmp_path / 'd', rows(1), 'uint8', (3, 8, 8), {'kind': 'images', 'classes': 3})
 
-    meta = {'kind': 'images', 'classes': 3}
-    with pytest.raises(OSError):
-        data.save_folder(tmp_path / 'd', rows(2), 'uint8', (3, 8, 8), meta)
-    assert list(tmp_path.iterdir()) == []
-    data.save_folder(tmp_path / 'd', rows(0), 'uint8', (3, 8, 8), meta)
+    data.save_folder(tmp_path / 'd', rows(0), 'uint8', (3, 8, 8), {'kind': 'images', 'classes': 3})
     assert [path.name for path in tmp_path.iterdir()] == ['d']
     assert data.Data(tmp_path / 'd').labels.tolist() == [1] * 4
 
 
-def test_levels_are_the_nearest_and_finite():
-    levels = torch.tensor([-2.0, -1.0, -0.9971, -0.9970 + 2 / 255, 1.0, 1.5]).reshape(1, 1, 1, 6)
-    assert data.to_uint8(levels).flatten().tolist() == [0, 0, 0, 1, 255, 255]
+def test_images_that_are_not_finite_are_named():
     with pytest.raises(data.BadInput, match=r'\[1\]'):
         data.to_uint8(torch.tensor([0.0, torch.nan, 1.0]).reshape(3, 1, 1, 1))
 
@@ -197,39 +180,30 @@ def test_ticks_are_round_numbers():
 
 
 def test_chart_draws_points_where_they_are_and_gaps_where_there_are_none(tmp_path):
-    """A straight line in log-log is straight; its middle third is NaN or missing."""
+    """A parabola is straight in log-log; its middle third is NaN or missing."""
     x = np.geomspace(1, 1e4, 301)
-    y = [None if i < 150 else np.nan if i < 200 else value for i, value in enumerate(x ** 2)]
-    y[:100] = x[:100] ** 2
-    series = [('line', data.COLOURS[0], x, y)]
-    data.chart(tmp_path / 'a.png', 'title', series, 'x', 'y', log_x=True, log_y=True)
+    y = [None if 100 <= i < 150 else np.nan if 150 <= i < 200 else value for i, value in enumerate(x ** 2)]
+    data.chart(tmp_path / 'a.png', 'title', [('line', data.COLOURS[0], x, y)], 'x', 'y', True, True)
     rows, columns = ink(tmp_path / 'a.png', data.COLOURS[0])
-    low, high = columns.min(), np.percentile(columns[columns < 660], 99.9)
-    line = columns < high + 1
-    slope, offset = np.polyfit(columns[line], rows[line], 1)
-    assert np.abs(slope * columns[line] + offset - rows[line]).max() < 4
-    inside = columns[line] - low
-    share = np.histogram(inside, bins=12, range=(0, high - low))[0]
+    rows, columns = rows[columns < 670], columns[columns < 670]               # right of these is the label
+    slope, offset = np.polyfit(columns, rows, 1)
+    assert np.abs(slope * columns + offset - rows).max() < 4
+    share = np.histogram(columns, bins=12)[0]
     assert share[:3].min() > 20 and share[5:7].max() == 0 and share[9:].min() > 20
 
 
-def test_no_two_series_look_alike_and_labels_do_not_overlap(tmp_path, monkeypatch):
-    """Five lines end in one point. Two are of one colour: the second of these has gaps. Labels have room."""
-    written = []
-    true = data.ImageDraw.ImageDraw.text
-    monkeypatch.setattr(data.ImageDraw.ImageDraw, 'text', lambda pen, place, text, *args, **keys: (
-        written.append((text, place[1], args[1].size)), true(pen, place, text, *args, **keys))[1])
-    colours = data.COLOURS[0], data.COLOURS[1], data.COLOURS[1], data.COLOURS[2], data.COLOURS[3]
-    series = [(f'name {k}', colour, [0, 1, 2], [k, k, 1.0]) for k, colour in enumerate(colours)]
+def test_labels_do_not_overlap_and_a_colour_that_comes_again_is_lighter(tmp_path, monkeypatch):
+    """Twelve lines with error bars end in one point, one series has a single point, one has none."""
+    written, true = {}, data.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(data.ImageDraw.ImageDraw, 'text', lambda pen, place, text, colour, *rest, **keys: (
+        written.update({text: (place[1], colour)}), true(pen, place, text, colour, *rest, **keys))[1])
+    series = [(f'name {k}', data.COLOURS[k % 6], [0, 1, 2], [k, k, 1.0], [0.1 * k] * 3) for k in range(12)]
+    series += [('name lone', data.COLOURS[6], [1], [2]), ('name none', data.COLOURS[7], [], [])]
     data.chart(tmp_path / 'a.png', 'title', series, 'x', 'y')
-    heights = sorted(height for text, height, _ in written if text.startswith('name'))
-    assert len(heights) == 5 and min(np.diff(heights)) >= 30 and min(size for *_, size in written) >= 24
-    rows, columns = ink(tmp_path / 'a.png', data.COLOURS[1])
-    for lower, gaps in ((True, 0), (False, 5)):                               # the flat parts of these two
-        height = np.median(rows[rows > np.median(rows)] if lower else rows[rows < np.median(rows)])
-        there = np.unique(columns[(abs(rows - height) < 2) & (columns < 340)])
-        assert (np.diff(there) > 3).sum() >= gaps and (gaps or np.diff(there).max() == 1)
-    assert len(set(data.COLOURS)) == len(data.COLOURS) >= 7
+    heights, colours = zip(*(value for text, value in written.items() if text.startswith('name')))
+    assert len(set(colours)) == 14 and min(np.diff(sorted(heights))) >= 36 and max(heights) <= 850
+    for colour in colours[:5]:
+        assert len(ink(tmp_path / 'a.png', colour)[0]) > 20
 
 
 # -------------------------------------------------------------------------------------------------- shapes
@@ -253,23 +227,6 @@ def test_the_folder_shapes_is_drawn_when_it_is_asked_for(tmp_path, monkeypatch):
         data.open_data('other')
 
 
-def test_a_shape_depends_on_no_other():
-    """With the same random numbers, an image among others is what it is among those of its class."""
-    labels = np.random.default_rng(1).integers(8, size=30)                    # two classes are not there
-    alike = [data.draw_shapes(np.full(30, k), 8, np.random.default_rng(0)) for k in range(8)]
-    images = data.draw_shapes(labels, 8, np.random.default_rng(0))
-    assert all(np.array_equal(image, alike[k][i]) for i, (k, image) in enumerate(zip(labels, images)))
-
-
-def test_large_shapes_take_little_memory():
-    """The 4 x 4 points per pixel of all images, in float32, would be twice as much as is allowed here."""
-    tracemalloc.start()
-    data.draw_shapes(np.arange(50) % 10, 64, np.random.default_rng(0))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 50 * 256 ** 2 * 4 / 2
-
-
 def test_colours_do_not_give_the_class_away():
     """Least squares on colour histograms, means and standard deviations stays under 30 % on unseen images."""
     rng = np.random.default_rng(0)
@@ -285,28 +242,20 @@ def test_colours_do_not_give_the_class_away():
     assert 0.1 < accuracy < 0.3                                               # area and edges say a little
 
 
-def test_parts_of_a_shape_belong_together():
-    """Every shape but the moon is its own mirror image, eyes and dots included."""
-    at = (np.arange(64) + 0.5) / 32 - 1
-    x, y = np.meshgrid(at, at)
-    for name, shape in data.SHAPES.items():
-        inside = shape(x, y)
-        assert 0.1 < inside.mean() < 0.85
-        assert np.array_equal(inside, inside[:, ::-1]) == (name != 'moon')
-
-
 # ------------------------------------------------------------------------------- the door, ranks, progress
 
 @pytest.mark.parametrize('error, status, words', [
-    (data.BadInput('what to type'), 2, 'x.py: what to type'),
-    (OSError(28, 'No space left on device', 'out/1.pt'), 2, 'x.py: out/1.pt: No space left on device'),
-    (KeyboardInterrupt(), 130, 'x.py: interrupted')])
+    (data.BadInput('what to type'), 2, 'x.py: what to type\n'),
+    (OSError(28, 'No space left on device'), 2, 'x.py: [Errno 28] No space left on device\n'),
+    (KeyboardInterrupt(), 130, 'x.py: interrupted\n'), (KeyError('a bug'), 1, "KeyError: 'a bug'\n\n")])
 @pytest.mark.parametrize('ranks', [False, True])
-def test_the_door_prints_one_sentence(error, status, words, ranks, monkeypatch, capsys):
+def test_the_door(error, status, words, ranks, monkeypatch, capsys):
     """One of several ranks leaves at once: NCCL's farewell would wait for ranks that are not coming."""
     did = []
     monkeypatch.setattr(data.dist, 'is_initialized', lambda: ranks)
     monkeypatch.setattr(data.dist, 'destroy_process_group', lambda: did.append('farewell'))
+    data.script('x.py', lambda: None)
+    assert did == ['farewell'] * ranks
 
     def leave(status):
         did.append('left')
@@ -315,34 +264,15 @@ def test_the_door_prints_one_sentence(error, status, words, ranks, monkeypatch, 
     monkeypatch.setattr(os, '_exit', leave)
     with pytest.raises(SystemExit) as stop:
         data.script('x.py', lambda: exec('raise error', {'error': error}))
-    assert stop.value.code == status and capsys.readouterr().err == words + '\n'
-    assert did[:1] == ['left'] * ranks
-
-
-def test_the_door_shows_bugs_and_says_farewell(monkeypatch):
-    with pytest.raises(KeyError):
-        data.script('x.py', lambda: {}['a bug'])
-    did = []
-    monkeypatch.setattr(data.dist, 'is_initialized', lambda: True)
-    monkeypatch.setattr(data.dist, 'destroy_process_group', lambda: did.append('farewell'))
-    data.script('x.py', lambda: None)
-    assert did == ['farewell']
-
-
-def test_reading_never_advises_to_run_code(tmp_path):
-    torch.save({'a': torch.zeros(2), 'b': io.StringIO}, tmp_path / 'a.pt')
-    with pytest.raises(data.BadInput, match='would run code') as error, data.reading(tmp_path / 'a.pt'):
-        torch.load(tmp_path / 'a.pt', weights_only=True)
-    assert 'weights_only' not in str(error.value) and '\n' not in str(error.value)
-    with pytest.raises(data.BadInput, match='there is no .*nowhere'), data.reading(tmp_path):
-        open(tmp_path / 'nowhere')
+    assert stop.value.code == status and capsys.readouterr().err.endswith(words)
+    assert did == ['farewell', 'left'] * ranks
 
 
 def test_a_rank_without_a_gpu_reads_how_many_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('LOCAL_RANK', '2')
-    with pytest.raises(data.BadInput, match='no GPU, for there are 2: type --nproc_per_node 2'):
+    with pytest.raises(data.BadInput, match='type --nproc_per_node 2'):
         data.rank_world_device()
 
 
