@@ -245,7 +245,8 @@ def main(only=()):
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder) / 'project'
-        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.git', '.venv', 'out*', 'tuned*', 'shapes'))
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.*', 'out*', 'tuned*', 'shapes'))
+        shutil.copy(ROOT / '.pytest.ini', copy)
         for name, right, wrong, test in MUTANTS:
             if only and name not in only:
                 continue
@@ -256,9 +257,9 @@ def main(only=()):
                                  cwd=copy, capture_output=True, text=True)
             (copy / name).write_text(text)
             caught = run.returncode == 1                                      # others: the test is not there
-            print("caught  " if caught else "SURVIVED", name, "|", " ".join(wrong.split())[:60], "|", test, flush=True)
+            print('caught  ' if caught else 'SURVIVED', f'{name}: {" ".join(wrong.split())[:60]}', test, flush=True)
             survivors += [] if caught else [(name, wrong, test)]
-    print(f'{len(survivors)} of {len(MUTANTS)} mistakes survived' if survivors else 'every mistake was caught')
+    print(f'{len(survivors)} mistakes survived' if survivors else 'every mistake was caught')
     return len(survivors) > 0
 
 
