@@ -736,7 +736,7 @@ def list_files(source, out):
 # OUT.partial/000007.json    their labels and what was skipped; written last, it marks a finished chunk
 # OUT.partial/made/          becomes OUT when all rows are in it
 #
-# Plan, chunks and OUT appear by renaming, so a kill leaves whole files. Rank r makes chunks r, r + world, ...;
+# Plan, chunks and OUT appear by renaming, so a kill leaves whole files. Rank r makes chunks r, r + world, ..;
 # rank 0 joins them. An image's chunk and its place in a batch of the encoder do not depend on the number of
 # ranks or restarts, so its bytes do not either.
 

@@ -4,9 +4,8 @@
     torchrun --nproc_per_node 4 finetune.py out/0400000.pt --out tuned --batch 512
     python finetune.py DiT-XL-2-256x256.pt --data flowers --out tuned       # published weights, other classes
 
-Masked training fills some of the decoder's positions with other things than the encoder's tokens, and
-sampling none. So the loss is now DiT's, over all tokens, through encoder and decoder. What changes against
-train.py:
+In masked training the decoder meets positions that are not the encoder's tokens; in sampling it never does.
+So the loss is now DiT's, over all tokens, through encoder and decoder. What changes against train.py:
 
     mask ratio       0: no parameters that fill masked positions, and no teacher
     weights          `model` and `ema` of the checkpoint, each continued
@@ -59,6 +58,8 @@ def main(argv=None):
         trained = resumed['config']
         check(trained.stage == 'tune', f'{args.out} holds a run of train.py: choose another --out')
         cfg, seed = trained, trained.seed if args.seed is None else args.seed
+        if args.checkpoint != trained.tuned_from and data.rank_and_world()[0] == 0:
+            print(f'note: {args.out} resumes a tuning of {trained.tuned_from}; {args.checkpoint} is not read')
     else:
         state = model.read_checkpoint(args.checkpoint)
         trained = state['config']
@@ -72,8 +73,8 @@ def main(argv=None):
     check(path, f'{args.checkpoint} does not know what it was trained on: give a data folder with --data')
     dataset = data.open_data(path)
     check((dataset.resolution, dataset.channels) == (trained.resolution, trained.channels),
-          f'{path} holds {dataset.channels} x {dataset.resolution} x {dataset.resolution}, and the network was '
-          f'trained on {trained.channels} x {trained.resolution} x {trained.resolution}: give other --data')
+          f'{path} holds {dataset.channels} channels of {dataset.resolution} pixels a side, and the network was '
+          f'trained on {trained.channels} of {trained.resolution}: give other --data')
     check(dataset.classes or not trained.classes, f'{path} has no labels, and the network was trained with '
           f'{trained.classes} classes: give data with labels')
     cfg = dataclasses.replace(cfg, seed=seed, steps=args.steps, batch=args.batch, lr=args.lr,

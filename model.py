@@ -16,12 +16,12 @@ something, and what fills it is the whole difference between the methods:
     mcdit    the clean patch, embedded         0.5    8 blocks x 512   clean + noise + 2 con   decoder
 
 `METHODS`, after the losses, is this table as code. A sixth method costs one loss, one row, and a branch in
-`Decoder` if neither a token nor a patch fills its masked positions. Read `Net.forward`, `denoise`, `dit_loss`
-and `mcdit_loss` first; everything below "checkpoints" can wait.
+`Decoder` if neither a token nor a patch fills its masked positions. Read `Net.forward`, `denoise`,
+`random_numbers`, `dit_loss`, `mcdit_loss` and `METHODS` first; everything below "checkpoints" can wait.
 
 Letters used for shapes:
     B images    C channels    H = W image side    p patch side    P = p*p*C values per patch
-    N = (H/p)^2 tokens    K visible tokens    d encoder width    e decoder width
+    N = (H/p)^2 tokens    K visible tokens    d encoder width    e decoder width    n any width
 """
 
 import argparse
@@ -78,12 +78,12 @@ class Config:
     vae_sha256: str | None = None
     # masking and loss
     sigma_data: float = 0.5                   # standard deviation of the data, EDM
-    mask_ratio: float = 0.5                   # share of the tokens that is masked
+    mask_ratio: float = 0.5                   # share of the tokens that is masked; METHODS has each method's
     unmasked: float = 0.0                     # share of the steps that mask nothing: ours, in no paper
     bridge: str = 'zero'                      # initial weight of the bridge: 'zero' or 'xavier'
-    lambda_noise: float = 0.1                 # MC-DiT: weights of eq. 12
-    lambda_con1: float = 0.1
-    lambda_con2: float = 0.05
+    lambda_noise: float = 0.1                 # MC-DiT eq. 12: weight of the masked noisy target,
+    lambda_con1: float = 0.1                  # of the EMA decoder's output on noisy patches as a target,
+    lambda_con2: float = 0.05                 # and of its output on clean patches
     all_clean: bool = False                   # MC-DiT Table 6: clean targets for all tokens
     tokens: str = 'both'                      # MC-DiT Table 10: what the decoder is given, see TOKEN_GAINS
     teacher_encoder: bool = False             # MC-DiT Table 12: EMA of the encoder too
@@ -167,7 +167,7 @@ def modulate(x, shift, scale):
 
 def recompute(function, *inputs):
     """function(*inputs) with activation checkpointing: backward recomputes everything but the inputs."""
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing here draws
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)    # no dropout here
 
 
 class Block(nn.Module):
@@ -257,7 +257,7 @@ class PatchEmbedding(nn.Module):
         return self.linear(patches) + pos                                     # (B, K, d)
 
 
-PROTOTYPES = 8192                             # SD-DiT's K
+PROTOTYPES = 8192                             # of SD-DiT's head; K in its paper
 
 
 class Head(nn.Module):
@@ -347,16 +347,16 @@ class Decoder(nn.Module):
         self.final = ModulatedLinear(e, cfg.patch ** 2 * outputs, d)
 
     def forward(self, tokens, c, visible=None, gains=(1.0, 1.0)):
-        """Tokens (B, N, d), or (B, K, d) where the mask token fills the rest -> values (B, N, P).
+        """Tokens (B, N, d), or (B, K, d) where the mask token fills the rest -> values (B, N, P); DDPM's 2P.
 
         `gains` multiply the bridged tokens at visible and at masked positions (MC-DiT Table 10, `collapse`).
         """
-        masked, (B, n), N = visible is not None, tokens.shape[:2], self.grid ** 2
+        masked, B, N = visible is not None, len(tokens), self.grid ** 2
         if self.bridge is not None:
-            tokens = self.bridge(tokens, c)                                   # (B, n, e), n = N or K
+            tokens = self.bridge(tokens, c)                                   # (B, N, e) or (B, K, e)
         if gains != (1.0, 1.0):
             gain = tokens.new_full((B, N, 1), gains[1])
-            tokens = tokens * put(gain, visible, torch.full_like(gain[:, :visible.shape[1]], gains[0]))
+            tokens = tokens * gain.scatter(1, visible[..., None], gains[0])
         if self.mask_token is not None:
             if not masked:                    # overwrite it all: DistributedDataParallel waits for a gradient
                 visible = torch.arange(N, device=tokens.device).expand(B, -1)
@@ -379,7 +379,7 @@ class Net(nn.Module):
         super().__init__()
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
-        self.fill_with_patches = METHODS[cfg.method].fill == 'patch'
+        self.fill_with_patches = METHODS[cfg.method].fill not in (None, 'token', 'side')
         self.head = None
         if METHODS[cfg.method].cls and cfg.stage == 'train':
             self.head = Head(self.encoder.embed.pos.shape[-1])
@@ -403,7 +403,7 @@ class Net(nn.Module):
             if self.head is not None and visible is not None:
                 logits = self.head(tokens)                                    # (B, 1 + K, 8192)
             tokens = tokens[:, 1:]                                            # (B, K, d)
-        if self.fill_with_patches and visible is not None:                    # past the encoder's blocks
+        if self.fill_with_patches and visible is not None:        # embed all; the encoder's tokens replace K
             filled = self.encoder.embed(fill.to(dtype))                       # (B, N, d)
             tokens = put(filled.to(tokens.dtype), visible, tokens)            # (B, N, d)
         return self.decoder(tokens, c, visible, gains).to(dtype), c, logits
@@ -483,7 +483,7 @@ class EMADecoder(nn.Module):
         return self.decoder(self.encoder(x), c).to(x.dtype)
 
     def update(self, net, progress, skipped):
-        """After each optimizer step."""
+        """After each step; a skipped one changes no weights."""
         if not skipped:
             update_ema(self.encoder, net.encoder if self.whole else net.encoder.embed, BRANCH_DECAY)
             update_ema(self.decoder, net.decoder, BRANCH_DECAY)
@@ -509,7 +509,7 @@ class EMAEncoder(nn.Module):
 
     @torch.no_grad()
     def update(self, net, progress, skipped):
-        """After each optimizer step; `progress` is the share of training that is done."""
+        """After each step; a skipped one changes no weights. `progress` is the share of the training done."""
         if not skipped:
             decay = 0.999 - 0.003 * (1 + math.cos(math.pi * progress)) / 2    # 0.996 to 0.999 by a cosine
             update_ema(self.encoder, net.encoder, decay)
@@ -557,7 +557,8 @@ def denoise(net, xt, sigma, y, cfg, visible=None, clean=None, gains=(1.0, 1.0)):
 
     xt (B, N, P) noisy patches, sigma (B,), y (B,). Without `visible` nothing is masked: inference. With it,
     sddit fills masked positions with xt's own patches, and mcdit with `clean`: the denoiser's argument is
-    then the mixed image x_in, whose masked patches have no noise and so the c_in of sigma = 0, which is 1/sd.
+    then the mixed image x_in, whose masked patches have no noise and so the c_in of sigma = 0, which is 1/sd;
+    c_skip and c_out stay those of sigma.
 
     Networks published under DDPM predict eps and a variance, and D = x - sigma eps(x / sqrt(sigma^2 + 1),
     t(sigma)): EDM Table 1, column VP.
@@ -567,6 +568,7 @@ def denoise(net, xt, sigma, y, cfg, visible=None, clean=None, gains=(1.0, 1.0)):
         F, c, logits = net(xt / (s ** 2 + 1).sqrt(), ddpm_time(sigma), y, visible)
         eps = F.unflatten(2, (-1, 2 * cfg.channels))[..., :cfg.channels].flatten(2)      # (B, N, P)
         return xt - s * eps, c, logits
+    assert visible is None or clean is not None or not METHODS[cfg.method].context, 'give clean patches'
     sd = cfg.sigma_data
     c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
     x_in, fill = xt, c_in * xt
@@ -614,7 +616,7 @@ def random_numbers(cfg, step, device='cpu'):
     """Every random number that one step needs, for the whole global batch B = cfg.batch.
 
     They are functions of (seed, step, purpose): ranks and micro-batches slice their rows, so any number of
-    them sees the same numbers. On another kind of device, or another model of GPU, the numbers are others.
+    them sees the same numbers. On another kind of device, or another model of GPU, the numbers differ.
 
     sigma (B,)        noise levels              noise (B, N, P)        unit variance
     visible (B, K)    indices of the tokens     masked (B, N - K)      the others
@@ -706,8 +708,9 @@ def sddit_loss(net, teacher, x0, y, r, cfg):
     cross = -(log_P.exp() * (logits / STUDENT_TEMPERATURE).log_softmax(-1)).sum(-1)      # SD-DiT eq. 11
     return {'generate': (1.0, (w * (D - x0) ** 2).mean()),
             'discriminate': (1.0, cross[:, 0].mean() + cross[:, 1:].mean()),  # [CLS] + patches, eq. 12
-            'teacher_entropy': (0.0, entropy[:, 1:].mean()),              # ln 8192 = 9.01 or 0, or a kl of 0:
-            'kl': (0.0, (cross.detach() - entropy)[:, 1:].mean())}        # the teacher has collapsed
+            # the teacher has collapsed if its entropy is ln 8192 = 9.01 or 0, or if kl is 0
+            'teacher_entropy': (0.0, entropy[:, 1:].mean()),
+            'kl': (0.0, (cross.detach() - entropy)[:, 1:].mean())}
 
 
 TOKEN_GAINS = {'both': (1.0, 1.0), 'noisy': (1.0, 0.0), 'clean': (0.0, 1.0)}  # MC-DiT Table 10
@@ -718,43 +721,40 @@ def mcdit_loss(net, teacher, x0, y, r, cfg):
     visible, masked, sigma, sd = r['visible'], r['masked'], r['sigma'], cfg.sigma_data
     w = loss_weight(sigma, sd)
     xt, y = corrupt(x0, y, r, cfg)
-    D, c, _ = denoise(net, xt, sigma, y, cfg, visible, clean=x0, gains=TOKEN_GAINS[cfg.tokens])    # D_theta
+    clean = METHODS[cfg.method].context(x0, cfg)                              # mcdit's: x0 itself
+    D, c, _ = denoise(net, xt, sigma, y, cfg, visible, clean, TOKEN_GAINS[cfg.tokens])   # D_theta
 
     terms = {'clean': (1.0, take(w * (D - x0) ** 2, visible).mean())}         # eq. 8
     if cfg.all_clean:                                                         # Table 6, third row
         terms = {'clean': (0.0, terms['clean'][1].detach()), 'all_clean': (1.0, (w * (D - x0) ** 2).mean())}
     elif cfg.lambda_noise:
-        noise = take((D - xt) ** 2, masked).mean()                            # eq. 9: nobody sees this noise,
-        floor = take((xt - x0) ** 2, masked).mean()                           # so its square stays
+        noise = take((D - xt) ** 2, masked).mean()                            # eq. 9: no token shows this
+        floor = take((xt - x0) ** 2, masked).mean()                           # noise, so its square remains
         terms |= {'noise': (cfg.lambda_noise, noise), 'noise_above_floor': (0.0, noise.detach() - floor)}
 
-    if teacher is not None:                                                   # both branches in one pass
+    if teacher is not None:
         c_skip, c_out, c_in, c_noise = precondition(sigma, sd)
-        branches = [branch for branch in (('con1', cfg.lambda_con1, xt, c_in * xt),      # D_noisy, eq. 10
-                                          ('con2', cfg.lambda_con2, x0, x0 / sd))        # D_clean, eq. 11
-                    if branch[1]]
-        n = len(branches)
-        with torch.no_grad():
-            F = teacher(torch.cat([x for *_, x in branches]), c.detach().repeat(n, 1), c_noise.repeat(n),
-                        y.repeat(n))
-        for (name, weight, skip, _), F_ema in zip(branches, F.chunk(n)):
-            D_ema = c_skip * skip + c_out * F_ema
-            terms[name] = (weight, take(w * (D - D_ema) ** 2, visible).mean())           # eq. 12
-    return terms
+        with torch.no_grad():                                                 # both in one pass of 2B
+            F_noisy, F_clean = teacher(torch.cat([c_in * xt, x0 / sd]), c.repeat(2, 1), c_noise.repeat(2),
+                                       y.repeat(2)).chunk(2)
+        D_noisy, D_clean = c_skip * xt + c_out * F_noisy, c_skip * x0 + c_out * F_clean
+        terms['con1'] = (cfg.lambda_con1, take(w * (D - D_noisy) ** 2, visible).mean())  # eq. 10
+        terms['con2'] = (cfg.lambda_con2, take(w * (D - D_clean) ** 2, visible).mean())  # eq. 11
+    return terms                                                              # eq. 12: their weighted sum
 
 
 class Method(NamedTuple):
-    """Every difference between the methods; no other line of the project asks for a method's name."""
+    """Every difference between the methods. Training, sampling and measuring ask for no method's name."""
 
     loss: Callable                            # (net, teacher, x0, y, r, cfg) -> terms
-    fill: str | None                          # masked positions get: 'token', 'side' block's, 'patch'
+    fill: str | None                          # masked positions get: mask 'token', 'side' block's, or patches
     decoder: str                              # 'none', 'narrow', or the encoder's 'own' last blocks
     mask_ratio: float
     lr: float = 1e-4
     teacher: type | None = None               # EMADecoder or EMAEncoder
     cls: bool = False                         # a [CLS] token and a projection head
     second_draws: tuple = ()                  # of `random_numbers`
-    context: Callable | None = None           # x0 (B, N, P) -> the clean patches that fill, if any do
+    context: Callable | None = None           # (x0, cfg) -> the clean patches (B, N, P) that fill, if any do
     inpaint: str | None = None                # known tokens are 'visible' (held), or the clean 'context'
     flags: tuple = ()                         # of train.py, besides those that every method reads
 
@@ -765,10 +765,10 @@ METHODS = {
                       flags=('mask_ratio', 'bridge', 'unmasked')),
     'mdt': Method(mdt_loss, fill='side', decoder='own', mask_ratio=0.3, lr=3e-4,
                   second_draws=('noise2', 'drop2'), inpaint='visible', flags=('mask_ratio',)),
-    'sddit': Method(sddit_loss, fill='patch', decoder='narrow', mask_ratio=0.2, teacher=EMAEncoder, cls=True,
+    'sddit': Method(sddit_loss, fill='noisy', decoder='narrow', mask_ratio=0.2, teacher=EMAEncoder, cls=True,
                     second_draws=('noise2',), flags=('mask_ratio', 'bridge')),
-    'mcdit': Method(mcdit_loss, fill='patch', decoder='narrow', mask_ratio=0.5, teacher=EMADecoder,
-                    context=lambda x0: x0, inpaint='context',
+    'mcdit': Method(mcdit_loss, fill='clean', decoder='narrow', mask_ratio=0.5, teacher=EMADecoder,
+                    context=lambda x0, cfg: x0, inpaint='context',
                     flags=('mask_ratio', 'bridge', 'unmasked', 'lambda_noise', 'lambda_con1', 'lambda_con2',
                            'all_clean', 'tokens', 'teacher_encoder')),
 }
@@ -791,12 +791,12 @@ def collapse(net, x0, xt, sigma, y, visible, cfg):
     Sums of squares for rms(D - D_zeroed) / rms(D), scalars: `output`, and the change where `encoder` or
     `patches` is zeroed. A decoder that reads the clean patches and ignores the encoder has `encoder` near 0.
     """
-    clean, (on_encoder, on_patches) = METHODS[cfg.method].context(x0), TOKEN_GAINS[cfg.tokens]
-    D, D_patches, D_encoder = (
+    clean, (on_encoder, on_patches) = METHODS[cfg.method].context(x0, cfg), TOKEN_GAINS[cfg.tokens]
+    D, D_without_encoder, D_without_patches = (
         take(denoise(net, xt, sigma, y, cfg, visible, clean, gains)[0], visible)         # (B, K, P)
         for gains in ((on_encoder, on_patches), (0.0, on_patches), (on_encoder, 0.0)))
-    return {'output': (D ** 2).sum(), 'encoder': ((D - D_patches) ** 2).sum(),
-            'patches': ((D - D_encoder) ** 2).sum()}
+    return {'output': (D ** 2).sum(), 'encoder': ((D - D_without_encoder) ** 2).sum(),
+            'patches': ((D - D_without_patches) ** 2).sum()}
 
 
 # ------------------------------------------------------------------------------------ checkpoints, ours
@@ -875,8 +875,8 @@ def translate(state, path):
     tables = {name: {strip(key): value for key, value in weights.items() if isinstance(value, torch.Tensor)}
               for name, weights in tables.items()}
     weights = tables.get('ema') or tables.get('model') or {}
-    check('en_inblocks.0.attn.qkv.weight' not in weights, f'{path} is MDT version 2, another network: version '
-          f'1 (mdt_xl2_v1_ckpt.pt) can be read')
+    check('en_inblocks.0.attn.qkv.weight' not in weights,
+          f'{path} is MDT version 2, another network: version 1 (mdt_xl2_v1_ckpt.pt) can be read')
     needed = ('x_embedder.proj.weight', 'blocks.0.attn.qkv.weight', 'final_layer.linear.weight',
               'y_embedder.embedding_table.weight', 'pos_embed')
     check(all(name in weights for name in needed),
@@ -904,7 +904,7 @@ def recognise(weights, path):
     return Config(
         method=method, model=f'{size}/{p}', channels=C,
         resolution=p * math.isqrt(weights['pos_embed'].shape[1]),
-        classes=table[1] if method == 'maskdit' else table[0] - 1,            # MaskDiT: Linear, one-hot labels
+        classes=table[1] if method == 'maskdit' else table[0] - 1,             # MaskDiT: a Linear layer
         diffusion='ddpm' if outputs == 2 * p * p * C else 'edm',
         mask_ratio=METHODS[method].mask_ratio, lr=METHODS[method].lr)
 

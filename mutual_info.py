@@ -195,7 +195,7 @@ def denoised(net, cfg, x0, xt, sigma, y, seen=None):
         if seen is not None:
             visible = seen[::p, ::p].flatten().nonzero().T.expand(len(rows), -1).to(DEVICE)      # (n, K)
             if context is not None:
-                clean = context(model.patchify(x0[rows].to(DEVICE), p))       # (n, N, P)
+                clean = context(model.patchify(x0[rows].to(DEVICE), p), cfg)       # (n, N, P)
                 clean = model.unpatchify(clean, p, cfg.channels)              # (n, C, H, W)
         x, levels = xt[rows].to(DEVICE), torch.full((len(rows),), sigma, device=DEVICE)
         D.append(model.denoise_images(net, x, levels, y[rows].to(DEVICE), cfg, visible, clean).cpu())
@@ -273,7 +273,7 @@ def draw_chart(path, table, networks, settings):
     """In the manner of MC-DiT Figure 1(a): the images, and the inference path of each network."""
     colours = {CLEAN: (0, 0, 0), MIXED: (110, 110, 110), NOISY: (175, 175, 175)}
     for name, (_, cfg) in networks.items():
-        colours[name + INFERENCE] = data.COLOURS[list(METHODS).index(cfg.method)]
+        colours[name + INFERENCE] = data.COLOURS[list(METHODS).index(cfg.method) % 6]
     series = [(row.removesuffix(INFERENCE), colour, *list(zip(*table[row]))[:3])         # sigma, mean, std
               for row, colour in colours.items()]
     title = 'information between masked and visible patches; bars: std over {seeds} seeds x {masks} masks'

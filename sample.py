@@ -125,7 +125,7 @@ def inpainting(cfg, x0, known, noise, fill_above):
     known_pixels = model.unpatchify(known[None, :, None].expand(1, -1, p * p * C), p, C)     # (1, C, H, W)
     visible, clean = known, None
     if method.inpaint == 'context':
-        visible, clean = ~known, model.unpatchify(method.context(model.patchify(x0, p)), p, C)
+        visible, clean = ~known, model.unpatchify(method.context(model.patchify(x0, p), cfg), p, C)
     visible = visible.nonzero().T                                             # (1, K)
 
     def denoise(net, x, sigma, y, cfg):

@@ -227,7 +227,7 @@ def newest_checkpoint(out, verify=True):
 
 
 def save(path, state, keep_every):
-    """Write a checkpoint, whole or not at all, and remove those it replaces. Returns what went wrong, or None."""
+    """Write a checkpoint, whole or not at all, and remove those it replaces. Returns what failed, or None."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)                        # somebody may have removed it
         with data.whole_file(path) as file:

@@ -203,8 +203,9 @@ def test_masked_path(method, monkeypatch):
     patches = lambda x: torch.stack([x[:, :, 2 * i:2 * i + 2, 2 * j:2 * j + 2].permute(0, 2, 3, 1).flatten(1)
                                      for i, j in tokens], 1)
     visible = torch.tensor([n for n, (i, j) in enumerate(tokens) if seen[2 * i, 2 * j]]).expand(4, -1)
-    fill = patches(x0 / SD) if method == 'mcdit' else patches(c_in * xt)      # of sddit; others ignore it
-    x_in = torch.where(seen, xt, x0) if method == 'mcdit' else xt
+    clean = model.METHODS[method].fill == 'clean'
+    fill = patches(x0 / SD) if clean else patches(c_in * xt)                  # of sddit; others ignore it
+    x_in = torch.where(seen, xt, x0) if clean else xt
     F, *_ = net(patches(c_in * xt), c_noise, y, visible, fill)
     expected = c_skip * patches(x_in) + c_out * F
     masked = mutual_info.denoised(net, cfg, x0, xt, sigma, y, seen)

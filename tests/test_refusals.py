@@ -171,7 +171,7 @@ ROWS = [
     ('train.py', f'{TRAIN} --out {{desk}}/file/new', 'Not a directory'),
     ('finetune.py', f'{TUNE} --out {{desk}}/run', 'holds a run of train.py: choose another --out'),
     ('finetune.py', f'{TUNE} --lr 1 --out {{desk}}/tuned', 'lr was 5e-05 and is now 1.0'),
-    ('finetune.py', f'{TUNE} --data {{desk}}/large', 'holds 3 x 16 x 16, and'),
+    ('finetune.py', f'{TUNE} --data {{desk}}/large', 'holds 3 channels of 16 pixels a side, and'),
     ('finetune.py', f'{TUNE} --data {{desk}}/nameless', 'has no labels, and'),
     ('finetune.py', TUNE.replace('run/0000002', 'none'), 'there is no checkpoint'),
     ('finetune.py', TUNE.replace('run/0000002', 'half'), 'is not a checkpoint, or is truncated'),

@@ -162,14 +162,15 @@ def test_a_run_writes_checkpoints_a_log_and_a_chart(trained, method):
     assert {path.name for path in out.iterdir()} == {'0000002.pt', '0000004.pt', 'log.jsonl', 'losses.png'}
     state = model.read_checkpoint(out / '0000004.pt')
     assert state.keys() == {'model', 'ema', 'teacher', 'opt', 'scaler', 'step', 'config'}
-    assert (state['teacher'] is not None) == (method in ('sddit', 'mcdit'))
+    assert (state['teacher'] is not None) == (model.METHODS[method].teacher is not None)
     assert (state['step'], state['config'].method, state['config'].resolution) == (4, method, 8)
     header, *rest = train.read_log(out)
     names = tuple(header['config'].pop('class_names'))
     assert model.Config(**header['config'], class_names=names) == state['config']
     assert [line['step'] for line in rest] == [1, 2, 3, 4, 4]                 # the last has the held-out loss
     assert {'loss', 'grad_norm', 'lr', 'images_per_s'} < rest[0].keys() and 'held_out' in rest[4]
-    assert ('collapse_encoder' in rest[4]) == ('collapse_patches' in rest[4]) == (method == 'mcdit')
+    assert ('collapse_encoder' in rest[4]) == ('collapse_patches' in rest[4]) \
+        == (model.METHODS[method].context is not None)
 
 
 def test_the_header_previews_and_step_lines(shapes, tmp_path, capsys):
@@ -316,7 +317,7 @@ def test_published_ddpm_weights_are_tuned(tmp_path):
 
 # --------------------------------------------------------------------------------------------- a sixth method
 
-def blur(x0):
+def blur(x0, cfg):
     """Clean patches (B, N, P) with each image's mean patch mixed in."""
     return (x0 + x0.mean(1, keepdim=True)) / 2
 
@@ -324,14 +325,14 @@ def blur(x0):
 def blur_loss(net, teacher, x0, y, r, cfg):
     """Masked positions get the clean patch, blurred; minimised is the error at all tokens."""
     xt, y = model.corrupt(x0, y, r, cfg)
-    D, *_ = model.denoise(net, xt, r['sigma'], y, cfg, r['visible'], clean=blur(x0))
+    D, *_ = model.denoise(net, xt, r['sigma'], y, cfg, r['visible'], clean=blur(x0, cfg))
     return {'blurred': (1.0, (model.loss_weight(r['sigma'], cfg.sigma_data) * (D - x0) ** 2).mean())}
 
 
 def test_a_sixth_method_is_a_loss_and_a_row(shapes, tmp_path, monkeypatch):
     """It trains, samples, resumes to the bit, measures its collapse and is tuned; no other file names it."""
     monkeypatch.setitem(model.METHODS, 'blur', model.Method(
-        blur_loss, fill='patch', decoder='narrow', mask_ratio=0.25, context=blur, inpaint='context',
+        blur_loss, fill='blurred', decoder='narrow', mask_ratio=0.25, context=blur, inpaint='context',
         flags=('mask_ratio', 'bridge')))
     flags = '--method blur --save-every 1 --preview 1'
     path = run(shapes, tmp_path / 'whole', f'{flags} --steps 2')

@@ -17,9 +17,9 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 MUTANTS = [                                    # file, right, wrong, test
-    ('model.py', 'take(w * (D - D_ema) ** 2, visible)', 'take(w * (D + D_ema) ** 2, visible)',
+    ('model.py', 'take(w * (D - D_noisy) ** 2, visible)', 'take(w * (D + D_noisy) ** 2, visible)',
      'tests/test_model.py::test_loss[mcdit]'),
-    ('model.py', 'take(w * (D - D_ema) ** 2, visible)', 'take((D - D_ema) ** 2, visible)',
+    ('model.py', 'take(w * (D - D_clean) ** 2, visible)', 'take((D - D_clean) ** 2, visible)',
      'tests/test_model.py::test_loss[mcdit]'),
     ('model.py', '        return self.decoder(self.encoder(x), c).to(x.dtype)\n',
      '        return self.decoder(self.encoder.linear(x), c).to(x.dtype)\n',
