@@ -109,7 +109,7 @@ def test_command(line, desk, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, 'read_vae', lambda path, device='cpu': (Small(), '0' * 64))
     monkeypatch.setattr(fid, 'load_weights', lambda *args: Small())
-    monkeypatch.setattr(fid, 'find_weights', lambda: 'weights.pth')
+    monkeypatch.setattr(fid, 'download_weights', lambda path: None)
     monkeypatch.setattr(fid, 'frechet_distance', lambda a, b: 0.0)
     for entry in desk.iterdir():
         pathlib.Path(entry.name).symlink_to(entry)
