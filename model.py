@@ -528,7 +528,8 @@ def make_teacher(net, cfg):
     teacher = METHODS[cfg.method].teacher if cfg.stage == 'train' else None
     if teacher is EMADecoder and not (cfg.lambda_con1 or cfg.lambda_con2):
         teacher = None
-    return None if teacher is None else teacher(net, cfg).requires_grad_(False)
+    device = net.encoder.embed.pos.device
+    return None if teacher is None else teacher(net, cfg).requires_grad_(False).to(device)
 
 
 # -------------------------------------------------------------------------------------------- EDM, Table 1

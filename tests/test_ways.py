@@ -105,3 +105,22 @@ def test_the_head_stays_in_float32_under_autocast():
         F, c, logits = net(x, r['sigma'], y, r['visible'], x)
     assert logits.dtype == F.dtype == torch.float32 and logits.shape == (8, 13, 64)
     assert logits.abs().max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize('method', model.METHODS)
+def test_no_tensor_of_a_step_is_made_on_another_device(method):
+    """On the meta device, which like a GPU refuses to be mixed with the CPU: loss, backward, EMA and teacher."""
+    cfg = config(method)
+    net, ema = model.Net(cfg).to('meta'), model.Net(cfg).to('meta')
+    teacher = model.make_teacher(net, cfg)
+    x0, y = (tensor.to('meta') for tensor in batch(cfg, torch.float32))
+    r = {name: value.to('meta') for name, value in model.random_numbers(cfg, 3).items()}
+    for loss in (model.METHODS[method].loss, model.dit_loss):
+        terms = loss(net, teacher, x0, y, r, cfg)
+        sum(weight * value for weight, value in terms.values()).backward()
+        assert {value.device.type for _, value in terms.values()} == {'meta'}
+    model.update_ema(ema, net, 0.5)
+    if teacher is not None:
+        teacher.update(net, 0.5, False)
+    x = torch.empty(8, 3, 8, 8, device='meta')
+    assert model.denoise_images(ema, x, r['sigma'], y, cfg).device.type == 'meta'
