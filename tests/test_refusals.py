@@ -7,6 +7,7 @@ that the sentence must hold.
 import dataclasses
 import json
 import pathlib
+import re
 import runpy
 import shlex
 import shutil
@@ -19,8 +20,11 @@ import torch
 from PIL import Image
 
 import data
+import fid
 import finetune
 import model
+import mutual_info
+import sample
 import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -274,3 +278,14 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(script, line, words, desk,
     sentence = error[error.index(f'{script}: error'):] if 'usage: ' in error else error    # argparse's
     assert stop.value.code == 2 and words in sentence and sentence.count('\n') == 1, error
     assert contents(desk) == before
+
+
+@pytest.mark.parametrize('module', [train, finetune, sample, mutual_info, fid], ids=lambda module: module.__name__)
+def test_help_shows_every_default(module, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '1000')
+    with pytest.raises(SystemExit):
+        module.parse(['--help'])
+    flags = re.split(r'\n  (?=-)', capsys.readouterr().out)[1:]               # each with its help
+    without = {re.findall(r'--[\w-]+', flag)[0] for flag in flags if '(default: ' not in flag}
+    required = {'--out'} if module is finetune else set()
+    assert len(flags) >= 5 and without <= {'--help', '--all-clean', '--teacher-encoder'} | required
