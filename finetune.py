@@ -73,8 +73,8 @@ def main(argv=None):
     check(path, f'{args.checkpoint} does not know what it was trained on: give a data folder with --data')
     dataset = data.open_data(path)
     check((dataset.resolution, dataset.channels) == (trained.resolution, trained.channels),
-          f'{path} holds {dataset.channels} channels of {dataset.resolution} pixels a side, and the network was '
-          f'trained on {trained.channels} of {trained.resolution}: give other --data')
+          f'{path} holds {dataset.channels} channels of {dataset.resolution} pixels a side, and the network '
+          f'was trained on {trained.channels} of {trained.resolution}: give other --data')
     check(dataset.classes or not trained.classes, f'{path} has no labels, and the network was trained with '
           f'{trained.classes} classes: give data with labels')
     cfg = dataclasses.replace(cfg, seed=seed, steps=args.steps, batch=args.batch, lr=args.lr,

@@ -515,8 +515,8 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
         # clip; skip the step on all ranks if it is not finite on one; stop all if one was asked to
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        flags = torch.tensor([0, *(signals[:1] or [0])], device=device)
-        flags[0] = ~norm.isfinite()
+        flags = torch.tensor([0, signals[0] if signals else 0], device=device)
+        flags[0] = norm.isfinite().logical_not()
         if world > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         skip, stop = flags.tolist()                                           # the one wait for the device
@@ -527,9 +527,10 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
             if first:
                 tqdm.write(f'step {step + 1} skipped: its gradient is not finite')
                 write_log(out, {'step': step + 1, 'skipped_in_a_row': skipped})
-            good = f'the checkpoint {newest} is good' if newest else 'there is no checkpoint yet'
-            check(skipped < MAX_SKIPPED, f'{skipped} consecutive steps had a gradient that is not finite'
-                  + f'; {good}' * first)                                      # other ranks do not save
+            sentence = f'{skipped} consecutive steps had a gradient that is not finite'
+            if first:                                                         # other ranks do not save
+                sentence += f'; the checkpoint {newest} is good' if newest else '; there is no checkpoint yet'
+            check(skipped < MAX_SKIPPED, sentence)
         else:
             skipped = 0
             for name, some in (values | {'grad_norm': [norm]}).items():
@@ -547,7 +548,8 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
         if step % args.log_every == 0 or saving:                              # a resumed log misses no step
             means = {name: torch.stack(some).mean() for name, some in window.items()}
             if means and world > 1:
-                dist.all_reduce(table := torch.stack(list(means.values())))
+                table = torch.stack(list(means.values()))
+                dist.all_reduce(table)
                 means = dict(zip(means, table / world))
             if first:
                 speed = timed * args.batch / (time.perf_counter() - clock)
@@ -564,7 +566,7 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
         if saving and first:
             path = out / f'{step:07d}.pt'
             error = save(path, {'model': net.state_dict(), 'ema': ema.state_dict(),
-                                'teacher': teacher.state_dict() if teacher else None, 'step': step,
+                                'teacher': None if teacher is None else teacher.state_dict(), 'step': step,
                                 'opt': optimizer.state_dict(), 'scaler': scaler.state_dict(),
                                 'config': dataclasses.asdict(cfg)}, args.keep_every)
             check(not (error and (stop or step == cfg.steps)),

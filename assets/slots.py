@@ -43,7 +43,8 @@ def patches(masked):
 
 def nearby(row, column, visible):
     """The mean colour of visible patches, near ones first: a stand-in for MDT's side block."""
-    near = [(np.exp(-(row - r) ** 2 - (column - c) ** 2), noisy[at].mean((0, 1))) for r, c, at in patches(visible)]
+    near = [(np.exp(-(row - r) ** 2 - (column - c) ** 2), noisy[at].mean((0, 1)))
+            for r, c, at in patches(visible)]
     return sum(weight * colour for weight, colour in near) / sum(weight for weight, _ in near)
 
 

@@ -280,7 +280,7 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(script, line, words, desk,
     assert contents(desk) == before
 
 
-@pytest.mark.parametrize('module', [train, finetune, sample, mutual_info, fid], ids=lambda module: module.__name__)
+@pytest.mark.parametrize('module', [train, finetune, sample, mutual_info, fid], ids=lambda one: one.__name__)
 def test_help_shows_every_default(module, capsys, monkeypatch):
     monkeypatch.setenv('COLUMNS', '1000')
     with pytest.raises(SystemExit):

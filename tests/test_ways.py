@@ -109,7 +109,7 @@ def test_the_head_stays_in_float32_under_autocast():
 
 @pytest.mark.parametrize('method', model.METHODS)
 def test_no_tensor_of_a_step_is_made_on_another_device(method):
-    """On the meta device, which like a GPU refuses to be mixed with the CPU: loss, backward, EMA and teacher."""
+    """On the meta device, which like a GPU does not mix with the CPU: loss, backward, EMA and teacher."""
     cfg = config(method)
     net, ema = model.Net(cfg).to('meta'), model.Net(cfg).to('meta')
     teacher = model.make_teacher(net, cfg)

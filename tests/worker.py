@@ -73,7 +73,7 @@ def main():
         results.append({'modules': len(modules), 'difference': widest, 'verified': reads.int().tolist()})
     if dist.get_rank() == 0:
         pathlib.Path(sys.argv[2]).write_text(json.dumps(results))
-    modules.clear()                                                           # before Python's end, and gloo's
+    modules.clear()                                                       # before Python's end, and gloo's
     gc.collect()
 
 

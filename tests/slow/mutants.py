@@ -257,7 +257,8 @@ def main(only=()):
                                  cwd=copy, capture_output=True, text=True)
             (copy / name).write_text(text)
             caught = run.returncode == 1                                      # others: the test is not there
-            print('caught  ' if caught else 'SURVIVED', f'{name}: {" ".join(wrong.split())[:60]}', test, flush=True)
+            print('caught  ' if caught else 'SURVIVED', f'{name}: {" ".join(wrong.split())[:60]}', test,
+                  flush=True)
             survivors += [] if caught else [(name, wrong, test)]
     print(f'{len(survivors)} mistakes survived' if survivors else 'every mistake was caught')
     return len(survivors) > 0

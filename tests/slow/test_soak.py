@@ -53,7 +53,7 @@ def broken_and_whole(folder, rng, count=150):
 def work(folder, out, report, no_room_at):
     """One start of the run, in a process of its own. At the steps `no_room_at` the disk is full for a second.
     `report` gets (step, resident bytes, open files) of every step."""
-    sys.stdout = sys.stderr = open(os.devnull, 'w')                           # pytest's is a file: it fills up too
+    sys.stdout = sys.stderr = open(os.devnull, 'w')                      # pytest's is a file: it fills up too
     hard, seen, patch = resource.getrlimit(resource.RLIMIT_FSIZE)[1], [], pytest.MonkeyPatch()
     conftest.shrink(patch)
 
