@@ -70,7 +70,7 @@ def main(argv=None):
 
     # the data: the network's size is given, its classes may be others
     path = args.data or trained.data
-    check(path, f'{args.checkpoint} does not know what it was trained on: give a data folder with --data')
+    check(path, f'{args.checkpoint} does not record its data: give a data folder with --data')
     dataset = data.open_data(path)
     check((dataset.resolution, dataset.channels) == (trained.resolution, trained.channels),
           f'{path} holds {dataset.channels} channels of {dataset.resolution} pixels a side, and the network '

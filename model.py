@@ -464,8 +464,8 @@ CENTER_MOMENTUM = 0.9                         # SD-DiT's centers
 class EMADecoder(nn.Module):
     """MC-DiT's branches: an EMA of the way from a patch to the output, without the encoder's blocks.
 
-    The paper draws two of them, for noisy and for clean patches. They start equal and are updated alike, so
-    they stay equal for ever: one copy, run once on a batch of 2B, serves both (the paper counts 786 M
+    The paper has two of them, for noisy and for clean patches. They start equal and are updated alike, so
+    they stay equal: one copy, run once on a batch of 2B, serves both (the paper counts 786 M
     parameters = 730 M + one decoder). With cfg.teacher_encoder the encoder is copied too (Table 12).
     """
 

@@ -71,7 +71,7 @@ def shared_flags(parser, steps, batch):
     flag('--compile', action=argparse.BooleanOptionalAction, help='compile each block; None: on GPUs')
     flag('--checkpoint-blocks', action='store_true', help='activation checkpointing: a third of the memory, '
          'four thirds of the time')
-    flag('--log-every', type=int, default=50, help='steps')
+    flag('--log-every', type=int, default=50, help='steps between lines of the log')
     flag('--eval-every', type=int, default=5000, help='steps between held-out losses, previews and charts')
     flag('--save-every', type=int, default=10000, help='steps between checkpoints')
     flag('--keep-every', type=int, default=0, help='checkpoints at multiples of this many steps are never '
@@ -85,7 +85,7 @@ def parse(argv):
     flag = parser.add_argument
     flag('--method', choices=model.METHODS, default='mcdit', help='masks, fill and loss')
     flag('--model', default='B/2', help='T, S, B, L or XL, and a patch side of 2, 4 or 8')
-    flag('--data', default='shapes', help='data folder, see data.py; shapes are drawn if they are not there')
+    flag('--data', default='shapes', help='data folder, see data.py; shapes are generated if absent')
     flag('--unlabelled', action='store_true', help='ignore the labels of the data')
     flag('--out', default='out', help='folder for everything that is written')
     flag('--seed', type=int, default=0, help='of weights, order, noise and masks')
@@ -414,7 +414,7 @@ def loop(args, cfg, dataset, start, rank, world, device, signals):
     if step and not first:
         state = model.read_checkpoint(out / f'{step:07d}.pt')
 
-    # the network, its two shadows (ema: what is sampled from; teacher: what the loss consults), AdamW
+    # the network, its EMA (what is sampled from), its teacher (what the loss uses), AdamW
     torch.manual_seed(cfg.seed)
     net = model.Net(cfg)
     ema = copy.deepcopy(net)
