@@ -1,7 +1,7 @@
 """Which pixels or latents does step n see, and how did they get there?
 
     python data.py shapes                                  # 10 classes of drawn shapes -> shapes/, in seconds
-    python data.py folder ~/pictures --out data --size 64               # a tree of images -> data/
+    python data.py folder ~/photos --out data --size 64                 # a tree of images -> data/
     python data.py folder ~/imagenet/train --out imagenet256 --size 256 --vae vae.safetensors    # -> moments
     python data.py cifar10 cifar-10-binary.tar.gz                       # -> cifar10/
     python data.py celeba img_align_celeba.zip --attribute Smiling      # 64 x 64, two classes -> celeba/

@@ -97,7 +97,7 @@ def desk(shapes, tmp_path_factory):
             np.savez(path, arr_0=photo[:64].reshape(-1, 8, 8, 3)[:4])
     for name in ('shapes', 'data'):
         (desk / name).symlink_to(shapes)
-    for name in ('pictures', 'photos', 'imagenet/train'):
+    for name in ('photos', 'imagenet/train'):
         (desk / name).parent.mkdir(exist_ok=True)
         (desk / name).symlink_to(desk / 'tree')
     (desk / 'vae.safetensors').touch()
