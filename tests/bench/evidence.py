@@ -73,27 +73,28 @@ ALL = ('dit', 'half', 'maskdit', 'mdt', 'sddit', 'mcdit')       # half: dit whos
 
 
 def run(name, method, flags='', masked=1.0, tuned=1.0, equal=False, rate=None, size=None):
-    """masked, tuned: lengths in units of the data set's; equal: as many masked steps as mcdit's compute
-    allows; rate: number of the learning rate, None for the best; size: pixels, None for the data set's."""
+    """masked, tuned: lengths in units of the data set's, tuned is masked or 0; equal: as many masked steps as
+    the compute of mcdit, masked and tuned, allows; rate: number of the learning rate, None for the best; size: pixels, None for the data set's."""
     return {name: dict(method=method, flags=flags, masked=masked, tuned=tuned, equal=equal, rate=rate,
                        size=size)}
 
 
-def both(name, method, flags):
+def both(name, method, flags, equal=False):
     """The run tuned, and untuned."""
-    return run(name, method, flags) | run(f'{name}, untuned', method, flags, tuned=0)
+    return (run(name, method, flags, equal=equal)
+            | run(f'{name}, untuned', method, flags, tuned=0, equal=equal))
 
 
 FIVE, BOTH = tuple(m for m in ALL if m != 'half'), ('mcdit', 'maskdit')
 UNMASKED, RATIOS, THIRD = (0.05, 0.1, 0.25), (0.25, 0.75), 1 / 3
 ROWS = collections.ChainMap(
     *(both(m, m, '') for m in ALL),
-    *(run(f'{m}, equal compute', m, equal=True) for m in ALL),
-    *(both(f'mcdit unmasked {u}', 'mcdit', f'--unmasked {u}') for u in UNMASKED),
-    both('maskdit unmasked 0.1', 'maskdit', '--unmasked 0.1'),
-    both('no branch', 'mcdit', '--lambda-con1 0 --lambda-con2 0'),
-    both('noisy branch', 'mcdit', '--lambda-con2 0'), both('clean branch', 'mcdit', '--lambda-con1 0'),
-    both('EMA encoder', 'mcdit', '--teacher-encoder'),
+    *(both(f'{m}, equal compute', m, '', equal=True) for m in ALL),
+    *(both(f'mcdit unmasked {u}', 'mcdit', f'--unmasked {u}', equal=True) for u in UNMASKED),
+    both('maskdit unmasked 0.1', 'maskdit', '--unmasked 0.1', equal=True),
+    *(both(name, 'mcdit', flags, equal=True) for name, flags in (
+        ('no branch', '--lambda-con1 0 --lambda-con2 0'), ('noisy branch', '--lambda-con2 0'),
+        ('clean branch', '--lambda-con1 0'), ('EMA encoder', '--teacher-encoder'))),
     *(run(f'{m} ratio {r}', m, f'--mask-ratio {r}', equal=True) for m in BOTH for r in RATIOS),
     *(run(f'{m} rate {k}', m, masked=THIRD, tuned=THIRD, rate=k) for m in FIVE for k in range(3)),
     *(run(f'{name}, {size} pixels', name.split()[0], flags, masked=0.5, tuned=0.5, equal=True, size=size)
@@ -127,16 +128,17 @@ QUESTIONS = {
         title='Is tuning still needed where a share of the steps masks nothing (--unmasked)?', seeds=5,
         sets=SMALL, tables=[
             (kind or ', tuned', against(*(f'{name}{kind}' for name in (
-                'mcdit', *(f'mcdit unmasked {u}' for u in UNMASKED), 'maskdit', 'maskdit unmasked 0.1'))),
+                'mcdit, equal compute', *(f'mcdit unmasked {u}' for u in UNMASKED),
+                'maskdit, equal compute', 'maskdit unmasked 0.1'))),
              SHORT)
             for kind in ('', ', untuned')],
         figure=('x', 'share of the steps that mask nothing', {
-            f'{m}{kind}': [(0, f'{m}{kind}'), *((u, f'{m} unmasked {u}{kind}') for u in shares)]
+            f'{m}{kind}': [(0, f'{m}, equal compute{kind}'), *((u, f'{m} unmasked {u}{kind}') for u in shares)]
             for m, shares in (('mcdit', UNMASKED), ('maskdit', (0.1,))) for kind in ('', ', untuned')})),
     'Q4': dict(
         title='What do the two EMA branches do?', seeds=3, sets=SMALL, tables=[
             (kind or ', tuned', against(*(f'{name}{kind}' for name in (
-                'no branch', 'noisy branch', 'clean branch', 'mcdit', 'EMA encoder'))), SHORT)
+                'no branch', 'noisy branch', 'clean branch', 'mcdit, equal compute', 'EMA encoder'))), SHORT)
             for kind in ('', ', untuned')],
         figure=('noise', 'loss against that without a branch', 0)),
     'Q5': dict(
@@ -223,7 +225,7 @@ def steps_of(name, s):
     mine = count(row['method'], row['flags'])
     if row['equal']:
         step, tune = count('mcdit', '')
-        M = round((M * step + T * tune - T * mine[1]) / mine[0])
+        M = round((M * step + round(row['masked'] * s['tuned']) * (tune - mine[1])) / mine[0])
     return M, T, s['batch'] * (M * mine[0] + T * mine[1])
 
 
