@@ -7,8 +7,9 @@
 A run is a command line of train.py, then finetune.py, then sample.py, and a measurement of its samples
 (measures.py). Each of these stages has a folder, named by the hash of its command line and of the code that
 it runs (comments and docstrings do not count), and a finished stage is never repeated. `report` writes
-results.csv, one line per (run, seed, metric, value), report.md and a figure per question. Run it from a clone
-that nobody edits: a stage is a process of its own, and reads the code as it is when it starts.
+results.csv, one line per run and seed, and from it report.md and a figure per question; with --results it
+reads a results.csv that was kept. Run it from a clone that nobody edits: a stage is a process of its own, and
+reads the code as it is when it starts.
 
 Rows and comparisons were fixed before the first run. A comparison is the paired difference over seeds: two
 runs of one seed share noise, masks and the order of data. Question 7, the learning rate, is run first, and
@@ -104,6 +105,8 @@ ROWS = collections.ChainMap(
       for bridge, flags in (('zero', ''), ('xavier', '--bridge xavier')) for length in (1, 3)))
 
 QUALITY = ('frechet', 'frechet_pixels', 'fidelity', 'precision', 'recall', 'nearest', 'loss@0.14', 'loss@2.8')
+TITLES = {'frechet': 'Fréchet', 'frechet_pixels': 'in pixels', 'loss@0.14': 'loss at 0.14',
+          'loss@2.8': 'loss at 2.8'}
 SHORT = ('frechet', 'frechet_pixels', 'fidelity', 'loss@0.14', 'loss@2.8')
 
 
@@ -119,10 +122,10 @@ QUESTIONS = {
         title='Which method is best, at equal images and at equal compute?', seeds=5, sets=SETS,
         tables=[('equal images', against('mcdit', *ALL[:-1]), QUALITY),
                 ('equal compute', against(*(f'{m}, equal compute' for m in ALL[::-1])), QUALITY)],
-        figure=('noise', 'loss against that of mcdit, equal compute', 1)),
+        figure=('compute', 'training compute, PFLOP', ALL)),
     'Q2': dict(
         title='What does tuning do, and what does its absence cost?', seeds=5, sets=SMALL,
-        tables=[('untuned, compared with tuned', [(f'{m}, untuned', m) for m in ALL], QUALITY)],
+        tables=[('differences of untuned from tuned', [(f'{m}, untuned', m) for m in ALL], QUALITY)],
         figure=('noise', 'loss untuned against tuned', 0), probe=('mcdit, untuned', 'mcdit')),
     'Q3': dict(
         title='Is tuning still needed where a share of the steps masks nothing (--unmasked)?', seeds=5,
@@ -167,11 +170,17 @@ QUESTIONS = {
                                 for m in ('dit', 'maskdit', 'mcdit', 'mcdit 0.25')})),
     'Q9': dict(
         title='How should the bridge start, and does length change that?', seeds=3, sets=('digits',),
-        tables=[(m, [(f'{m} {bridge} x {n}', f'{m} zero x {n}') for n in (1, 3)
+        tables=[(f'{m}, differences of xavier from zero', [(f'{m} {bridge} x {n}', f'{m} zero x {n}') for n in (1, 3)
                      for bridge in ('zero', 'xavier')], SHORT) for m in BOTH],
         figure=('x', 'length of masked training and tuning', {
             f'{m} {bridge}': [(n, f'{m} {bridge} x {n}') for n in (1, 3)]
             for m in BOTH for bridge in ('zero', 'xavier')}))}
+
+
+# settings of mcdit at equal compute, and what each is held against
+SETTINGS = ('mcdit, equal compute', *(f'mcdit unmasked {u}' for u in UNMASKED), 'no branch', 'noisy branch',
+            'clean branch', 'EMA encoder', *(f'mcdit ratio {r}' for r in RATIOS))
+RIVALS = ('maskdit, equal compute', 'dit, equal compute')
 
 
 def rows_of(question):
@@ -383,13 +392,14 @@ def carry_out(todo, jobs):
 
 # ------------------------------------------------------------------------------------------------- results
 
+def core_seconds(stage):
+    return sum(map(float, (pathlib.Path(stage.folder) / 'core-seconds').read_text().split()))
+
+
 def result(chain):
     """Metrics of a run that is finished, or None."""
     with contextlib.suppress(OSError):
-        found = json.loads(chain[-1].result.read_text())
-        seconds = [float(line) for stage in chain if stage.kind in ('train', 'tune')
-                   for line in (pathlib.Path(stage.folder) / 'core-seconds').read_text().split()]
-        return found | {'core_seconds': sum(seconds)}
+        return json.loads(chain[-1].result.read_text())
 
 
 def best_rates(set_name, seeds, given=None):
@@ -406,16 +416,38 @@ def best_rates(set_name, seeds, given=None):
 
 
 def collect(set_name, names, seeds, rates):
-    """{run: {seed: {metric: value}}} of what is finished."""
-    found = collections.defaultdict(dict)
+    """{run: {seed: {metric: value}}} of what is finished, and the core-hours of all its stages."""
+    found, hours = collections.defaultdict(dict), {}
     for name in names:
-        for seed in range(seeds):
-            if ROWS[name]['rate'] is None and rates[ROWS[name]['method']] is None:
-                continue
-            one = result(stages(set_name, name, seed, rates))
+        row, (M, T, total) = ROWS[name], steps_of(name, SETS[set_name])
+        rate = rates[row['method']] if row['rate'] is None else SETS[set_name]['rates'][row['rate']]
+        for seed in range(seeds) if rate else ():
+            chain = stages(set_name, name, seed, rates)
+            one = result(chain)
             if one:
-                M, T, total = steps_of(name, SETS[set_name])
-                found[name][seed] = one | {'masked_steps': M, 'tuning_steps': T, 'petaflops': total / 1e15}
+                hours |= {stage.folder: core_seconds(stage) / 3600 for stage in chain}
+                found[name][seed] = {'masked_steps': M, 'tuning_steps': T, 'petaflops': total / 1e15,
+                                     'lr': rate, 'core_hours': hours[chain[0].folder]} | one
+    return found, sum(hours.values())
+
+
+def write_csv(path, found):
+    """A line per run and seed, a column per metric."""
+    lines = [{'run': name, 'seed': seed} | {metric: f'{value:.6g}' for metric, value in metrics.items()}
+             for name, of_seeds in found.items() for seed, metrics in of_seeds.items()]
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def read_csv(path):
+    """{run: {seed: {metric: value}}}"""
+    found = collections.defaultdict(dict)
+    with open(path, newline='') as file:
+        for line in csv.DictReader(file):
+            name, seed = line.pop('run'), int(line.pop('seed'))
+            found[name][seed] = {metric: float(value) for metric, value in line.items() if value}
     return found
 
 
@@ -437,48 +469,74 @@ def number(value):
     return f'{value:.3g}' if abs(value) < 1000 else f'{value:,.0f}'
 
 
+def interval(found, name, base, metric):
+    """'difference [95 % interval]', '' where there is none."""
+    mean, width = paired(column(found, name, metric), column(found, base, metric))
+    if name == base or math.isnan(mean):
+        return ''
+    return f'{mean:+.2g}' + ('' if math.isnan(width) else f' [{mean - width:+.2g}, {mean + width:+.2g}]')
+
+
+def spread(found, name, metric):
+    """'mean ± standard deviation' over seeds, '' where there is none."""
+    values = list(column(found, name, metric).values())
+    if not values:
+        return ''
+    return number(np.mean(values)) + (f' ± {np.std(values, ddof=1):.2g}' if len(values) > 1 else '')
+
+
+def markdown(caption, titles, lines):
+    return '\n'.join([f'*{caption}*\n', *(f'| {" | ".join(cells)} |'
+                                          for cells in (titles, ['---'] * len(titles), *lines))]) + '\n'
+
+
 def table(found, caption, rows, metrics):
-    """Markdown: mean and standard deviation of each metric; paired differences in Frechet distances, or where
-    the table has none, in its first metrics."""
-    caption = caption.strip(', ')
+    """Mean and standard deviation of each metric; paired differences in Frechet distances, or where the table
+    has none, in its first metrics."""
+    rows = [(name, base) for name, base in rows if found.get(name)]
+    if not rows:
+        return f'*{caption.strip(", ")}: not run yet*\n'
     metrics = [m for m in metrics if any(column(found, name, m) for name, _ in rows)]
-    if not metrics:
-        return f'*{caption}: not run yet*\n'
     compared = [m for m in metrics if m.startswith('frechet')] or metrics[:3]
-    titles = ['run', 'seeds', 'steps', 'PFLOP', *metrics, *(f'{m}: difference [95 %]' for m in compared)]
-    lines = [f'*{caption}*\n', f'| {" | ".join(titles)} |', '|' + '---|' * len(titles)]
+    bases = list(dict.fromkeys(base for _, base in rows))
+    seeds = {len(found[name]) for name, _ in rows}
+    caption = caption.strip(', ') + f'; seeds: {" to ".join(map(str, sorted({min(seeds), max(seeds)})))}'
+    caption += f'; differences from {bases[0]}' * (len(bases) == 1)
+    lines = []
     for name, base in rows:
-        one = next(iter(found.get(name, {}).values()), None)
-        cells = [name, f'{len(found.get(name, {}))}']
-        cells += ['', ''] if one is None else [f'{one["masked_steps"]} + {one["tuning_steps"]}',
-                                               number(one['petaflops'])]
-        for metric in metrics:
-            values = list(column(found, name, metric).values())
-            spread = f' ± {number(np.std(values, ddof=1))}' if len(values) > 1 else ''
-            cells.append(number(np.mean(values)) + spread if values else '')
-        for metric in compared:
-            mean, width = paired(column(found, name, metric), column(found, base, metric))
-            interval = '' if math.isnan(width) else f' [{number(mean - width)}, {number(mean + width)}]'
-            cells.append('' if name == base or math.isnan(mean) else f'{mean:+.3g}{interval} against {base}')
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines) + '\n'
+        one = next(iter(found[name].values()))
+        lines.append([name, f'{one["masked_steps"]:.0f} + {one["tuning_steps"]:.0f}',
+                      *(spread(found, name, metric) for metric in metrics),
+                      *(interval(found, name, base, metric) for metric in compared)])
+    return markdown(caption, ['run', 'steps', *(TITLES.get(m, m) for m in metrics),
+                              *(f'{TITLES.get(m, m)}: difference [95 %]' for m in compared)], lines)
+
+
+def settings_table(found):
+    """Is any setting of mcdit ahead of maskdit and dit at equal compute? The best six of those tried."""
+    tried = sorted((name for name in SETTINGS if found.get(name)),
+                   key=lambda name: np.mean(list(column(found, name, 'frechet').values())))
+    ahead = [name for name in tried if all(sum(paired(
+        column(found, name, 'frechet'), column(found, rival, 'frechet'))) < 0 for rival in RIVALS)]
+    lines = [[name, ROWS[name]['flags'], spread(found, name, 'frechet'),
+              *(interval(found, name, rival, 'frechet') for rival in RIVALS)] for name in tried[:6]]
+    return markdown(f'settings of mcdit at equal compute: {len(tried)} tried, ahead of maskdit and dit beyond '
+                    f'the interval: {", ".join(ahead) or "none"}', ['setting', 'flags', 'Fréchet', *(
+                        f'difference from {rival.split(",")[0]} [95 %]' for rival in RIVALS)], lines)
 
 
 def probe_table(found, name):
-    """Markdown: the loss of one run's weights in six ways, mean over seeds."""
+    """The loss of one run's weights in six ways, mean over seeds."""
     levels = [f'{level:.2g}' for level in train.EVAL_SIGMAS]
-    if not column(found, name, f'{WAYS[0]}@{levels[0]}'):
-        return f'*six ways, {name}: not run yet*\n'
-    rows = [f'| {way} | ' + ' | '.join(number(np.mean(list(column(found, name, f'{way}@{level}').values())))
-                                       for level in levels) + ' |' for way in WAYS]
-    return '\n'.join([f'*loss on visible tokens of the same weights, run in six ways: {name}*\n',
-                      f'| the decoder is given | {" | ".join(levels)} |', '|' + '---|' * (len(levels) + 1),
-                      *rows]) + '\n'
+    return markdown(f'loss on visible tokens of the same weights, run in six ways: {name}',
+                    ['the decoder is given', *levels],
+                    [[way, *(number(np.mean(list(column(found, name, f'{way}@{level}').values())))
+                             for level in levels)] for way in WAYS])
 
 
 def draw(path, title, question, found, rates):
-    """The figure of a question: ('noise', y label, table), ('x', x label, {series: [(x, run)]}), or
-    ('metrics', x label, metrics). Bars are 95 % intervals."""
+    """The figure of a question: ('noise', y label, table), ('x', x label, {series: [(x, run)]}), ('compute',
+    x label, methods) or ('metrics', x label, metrics). Bars are 95 % intervals."""
     kind, label, about = question['figure']
     series, levels = [], train.EVAL_SIGMAS
 
@@ -496,6 +554,15 @@ def draw(path, title, question, found, rates):
                        for seed in found.get(name, {}).keys() & found.get(base, {}).keys()] for x in levels]
             add(name, levels, [point(values) for values in ratios])
         return data.chart(path, title, series, 'noise level sigma', label, log_x=True)
+    if kind == 'compute':                     # a third of the length, equal compute, equal images
+        for method in about:
+            mine = [*(f'{method} rate {k}' for k in range(3)), f'{method}, equal compute', method]
+            first = lambda name, metric: next(iter(column(found, name, metric).values()), None)
+            spots = {first(name, 'petaflops'): column(found, name, 'frechet').values() for name in mine
+                     if found.get(name) and first(name, 'lr') == first(mine[-2], 'lr')}
+            if spots:
+                add(method, sorted(spots), [point(spots[x]) for x in sorted(spots)])
+        return data.chart(path, title, series, label, 'Frechet distance', log_x=True, log_y=True)
     if kind == 'x':
         for name, points in about.items():
             xs = [rates[x] if label == 'learning rate' else x for x, _ in points]
@@ -507,28 +574,25 @@ def draw(path, title, question, found, rates):
     return data.chart(path, title, series, label, 'share')
 
 
-def write_report(set_name, questions, seeds, rates):
-    """results.csv, report.md and the figures, in the current folder."""
-    names = dict.fromkeys(name for key in questions for name in rows_of(QUESTIONS[key]))
-    found = collect(set_name, names, seeds, rates)
-    with open('results.csv', 'w', newline='') as file:
-        lines = csv.writer(file)
-        lines.writerow(['run', 'seed', 'metric', 'value'])
-        lines.writerows((name, seed, metric, value) for name, of_seeds in found.items()
-                        for seed, metrics in of_seeds.items() for metric, value in metrics.items())
-    text = [f'# {set_name}\n', 'Mean ± standard deviation over seeds, and paired differences over seeds '
-            'with their 95 % interval. Learning rates: '
-            + ', '.join(f'{m} {rate}' for m, rate in rates.items()) + '.\n']
-    for path in sorted(pathlib.Path('.').glob(f'real*-{code("measure")}.json')):
-        real = {name: number(value) for name, value in json.loads(path.read_text()).items()}
-        text.append(f'Real images that no run has seen, {path.stem.split("-")[0][4:]} pixels: {real}\n')
+def write_report(set_name, questions, found):
+    """report.md and the figures, in the current folder."""
+    rates = {m: next(iter(column(found, f'{m}, equal compute', 'lr').values()), '-') for m in ALL}
+    text = [f'# {set_name}\n', 'Mean ± standard deviation over seeds; paired differences over seeds with their '
+            '95 % interval. Learning rates: ' + ', '.join(f'{m} {rate}' for m, rate in rates.items()) + '.\n']
+    for name, of_seeds in found.items():
+        if name not in ROWS:                                                  # unseen images, all stages
+            text.append(f'{name}: ' + ', '.join(f'{m} {number(v)}' for m, v in of_seeds[0].items()) + '\n')
     for key in questions:
         question = QUESTIONS[key]
+        if not any(found.get(name) for name in rows_of(question)):
+            text.append(f'## {key}. {question["title"]}\n\nNot run yet.\n')
+            continue
         text += [f'## {key}. {question["title"]}\n', *(table(found, *one) for one in question['tables'])]
-        text += [probe_table(found, name) for name in question.get('probe', ())]
-        if any(name in found for name in rows_of(question)):
-            draw(f'{key}.png', f'{key}. {question["title"]}', question, found, SETS[set_name]['rates'])
-            text.append(f'![]({key}.png)\n')
+        text += [probe_table(found, name) for name in question.get('probe', ()) if found.get(name)]
+        draw(f'{key}.png', f'{key}. {question["title"]}', question, found, SETS[set_name]['rates'])
+        text.append(f'![]({set_name}-{key}.png)\n')
+    if {'Q3', 'Q4', 'Q5'} <= set(questions):
+        text.append(settings_table(found))
     pathlib.Path('report.md').write_text('\n'.join(text))
     print('\n'.join(text))
 
@@ -546,6 +610,7 @@ def parse(argv):
     flag('--jobs', type=int, default=2, help='processes of one thread each')
     flag('--rate', type=float, help='one learning rate for all methods; None: the best of question 7')
     flag('--out', default='evidence', help='folder for everything that is written')
+    flag('--results', help='report: the results.csv to read; None: of what is finished in --out')
     flag('--list', action='store_true', help='print questions, runs and estimated core-minutes')
     flag('--dirty', action='store_true', help='run although the working tree has uncommitted changes')
     flag('--shorten', type=float, default=1.0, help='factor of all lengths and samples, for a trial')
@@ -582,8 +647,18 @@ def main(argv=None):
     out = pathlib.Path(args.out) / args.set
     out.mkdir(parents=True, exist_ok=True)
     if args.what == 'report':
+        kept = args.results and os.path.abspath(args.results)
         os.chdir(out)
-        return write_report(args.set, asked, args.seeds, best_rates(args.set, count['Q7'], args.rate))
+        if not kept:
+            names = dict.fromkeys(name for key in questions for name in rows_of(QUESTIONS[key]))
+            found, hours = collect(args.set, names, args.seeds,
+                                   best_rates(args.set, count['Q7'], args.rate))
+            for path in sorted(pathlib.Path('.').glob(f'real*-{code("measure")}.json')):
+                size = path.stem.split('-')[0][4:]
+                found[f'unseen images, {size} pixels'][0] = json.loads(path.read_text())
+            found['all stages'][0] = {'core_hours': hours}
+            write_csv('results.csv', found)
+        return write_report(args.set, asked, read_csv(kept or 'results.csv'))
     changed = subprocess.run(['git', 'status', '--porcelain', '--untracked-files=no'], cwd=ROOT, text=True,
                              capture_output=True).stdout.splitlines()
     check(args.dirty or not changed, f'the working tree has {len(changed)} uncommitted changes: commit them, '
