@@ -392,14 +392,19 @@ def carry_out(todo, jobs):
 
 # ------------------------------------------------------------------------------------------------- results
 
-def core_seconds(stage):
-    return sum(map(float, (pathlib.Path(stage.folder) / 'core-seconds').read_text().split()))
+KEPT = {}                                     # {folder of the last stage: metrics}, from --results
 
 
 def result(chain):
-    """Metrics of a run that is finished, or None."""
+    """Metrics of a run that is finished, here or in --results, or None. Core-hours: of its masked training,
+    which it may share with other runs, and of its other stages."""
     with contextlib.suppress(OSError):
-        return json.loads(chain[-1].result.read_text())
+        hours = [sum(map(float, (pathlib.Path(stage.folder) / 'core-seconds').read_text().split())) / 3600
+                 for stage in chain]
+        return json.loads(chain[-1].result.read_text()) | {
+            'trained': chain[0].folder, 'measured': chain[-1].folder, 'training_hours': hours[0],
+            'other_hours': sum(hours[1:])}
+    return KEPT.get(chain[-1].folder)
 
 
 def best_rates(set_name, seeds, given=None):
@@ -416,24 +421,23 @@ def best_rates(set_name, seeds, given=None):
 
 
 def collect(set_name, names, seeds, rates):
-    """{run: {seed: {metric: value}}} of what is finished, and the core-hours of all its stages."""
-    found, hours = collections.defaultdict(dict), {}
+    """{run: {seed: {metric: value}}} of what is finished."""
+    found = collections.defaultdict(dict)
     for name in names:
         row, (M, T, total) = ROWS[name], steps_of(name, SETS[set_name])
         rate = rates[row['method']] if row['rate'] is None else SETS[set_name]['rates'][row['rate']]
         for seed in range(seeds) if rate else ():
-            chain = stages(set_name, name, seed, rates)
-            one = result(chain)
+            one = result(stages(set_name, name, seed, rates))
             if one:
-                hours |= {stage.folder: core_seconds(stage) / 3600 for stage in chain}
-                found[name][seed] = {'masked_steps': M, 'tuning_steps': T, 'petaflops': total / 1e15,
-                                     'lr': rate, 'core_hours': hours[chain[0].folder]} | one
-    return found, sum(hours.values())
+                found[name][seed] = one | {'masked_steps': M, 'tuning_steps': T, 'lr': rate,
+                                           'petaflops': total / 1e15}
+    return found
 
 
 def write_csv(path, found):
     """A line per run and seed, a column per metric."""
-    lines = [{'run': name, 'seed': seed} | {metric: f'{value:.6g}' for metric, value in metrics.items()}
+    lines = [{'run': name, 'seed': seed} | {metric: value if isinstance(value, str) else f'{value:.6g}'
+                                            for metric, value in metrics.items()}
              for name, of_seeds in found.items() for seed, metrics in of_seeds.items()]
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for line in lines for key in line)))
@@ -447,7 +451,8 @@ def read_csv(path):
     with open(path, newline='') as file:
         for line in csv.DictReader(file):
             name, seed = line.pop('run'), int(line.pop('seed'))
-            found[name][seed] = {metric: float(value) for metric, value in line.items() if value}
+            found[name][seed] = {metric: value if metric in ('trained', 'measured') else float(value)
+                                 for metric, value in line.items() if value}
     return found
 
 
@@ -558,8 +563,9 @@ def draw(path, title, question, found, rates):
         for method in about:
             mine = [*(f'{method} rate {k}' for k in range(3)), f'{method}, equal compute', method]
             first = lambda name, metric: next(iter(column(found, name, metric).values()), None)
+            best = {first(name, 'lr') for name in mine[3:]}
             spots = {first(name, 'petaflops'): column(found, name, 'frechet').values() for name in mine
-                     if found.get(name) and first(name, 'lr') == first(mine[-2], 'lr')}
+                     if found.get(name) and first(name, 'lr') in best}
             if spots:
                 add(method, sorted(spots), [point(spots[x]) for x in sorted(spots)])
         return data.chart(path, title, series, label, 'Frechet distance', log_x=True, log_y=True)
@@ -579,8 +585,12 @@ def write_report(set_name, questions, found):
     rates = {m: next(iter(column(found, f'{m}, equal compute', 'lr').values()), '-') for m in ALL}
     text = [f'# {set_name}\n', 'Mean ± standard deviation over seeds; paired differences over seeds with their '
             '95 % interval. Learning rates: ' + ', '.join(f'{m} {rate}' for m, rate in rates.items()) + '.\n']
+    runs = [metrics for name in found if name in ROWS for metrics in found[name].values()]
+    hours = {metrics[key]: metrics[hours] for metrics in runs
+             for key, hours in (('trained', 'training_hours'), ('measured', 'other_hours'))}
+    text.append(f'{len({metrics["measured"] for metrics in runs})} runs, {sum(hours.values()):.1f} core-hours.\n')
     for name, of_seeds in found.items():
-        if name not in ROWS:                                                  # unseen images, all stages
+        if name not in ROWS:                                                  # real images
             text.append(f'{name}: ' + ', '.join(f'{m} {number(v)}' for m, v in of_seeds[0].items()) + '\n')
     for key in questions:
         question = QUESTIONS[key]
@@ -610,7 +620,7 @@ def parse(argv):
     flag('--jobs', type=int, default=2, help='processes of one thread each')
     flag('--rate', type=float, help='one learning rate for all methods; None: the best of question 7')
     flag('--out', default='evidence', help='folder for everything that is written')
-    flag('--results', help='report: the results.csv to read; None: of what is finished in --out')
+    flag('--results', help='a results.csv: its runs are not repeated by the same code; report reads it alone')
     flag('--list', action='store_true', help='print questions, runs and estimated core-minutes')
     flag('--dirty', action='store_true', help='run although the working tree has uncommitted changes')
     flag('--shorten', type=float, default=1.0, help='factor of all lengths and samples, for a trial')
@@ -651,18 +661,19 @@ def main(argv=None):
         os.chdir(out)
         if not kept:
             names = dict.fromkeys(name for key in questions for name in rows_of(QUESTIONS[key]))
-            found, hours = collect(args.set, names, args.seeds,
-                                   best_rates(args.set, count['Q7'], args.rate))
+            found = collect(args.set, names, args.seeds, best_rates(args.set, count['Q7'], args.rate))
             for path in sorted(pathlib.Path('.').glob(f'real*-{code("measure")}.json')):
                 size = path.stem.split('-')[0][4:]
                 found[f'unseen images, {size} pixels'][0] = json.loads(path.read_text())
-            found['all stages'][0] = {'core_hours': hours}
             write_csv('results.csv', found)
         return write_report(args.set, asked, read_csv(kept or 'results.csv'))
     changed = subprocess.run(['git', 'status', '--porcelain', '--untracked-files=no'], cwd=ROOT, text=True,
                              capture_output=True).stdout.splitlines()
     check(args.dirty or not changed, f'the working tree has {len(changed)} uncommitted changes: commit them, '
           f'so that the results name code that exists, or add --dirty for a trial')
+    if args.results:
+        KEPT.update((metrics['measured'], metrics) for of_seeds in read_csv(args.results).values()
+                    for metrics in of_seeds.values() if 'measured' in metrics)
     os.chdir(out)
     with open('sittings.jsonl', 'a') as file:
         about = {'time': time.strftime('%F %T'), 'commit': train.git_commit(), 'argv': argv}
@@ -670,15 +681,17 @@ def main(argv=None):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for size in {ROWS[name]['size'] or s['size'] for key in asked for name in rows_of(QUESTIONS[key])}:
         prepare(args.set, size, code('measure'))
-    failed, everyone = [], range(args.seeds)
-    if args.rate is None:
-        failed += carry_out([stage for seed in range(count['Q7']) for name in rows_of(QUESTIONS['Q7'])
-                             for stage in stages(args.set, name, seed, {})], args.jobs)
+
+    def carry_out_all(keys, rates):
+        chains = [stages(args.set, name, seed, rates) for key in keys for seed in range(count[key])
+                  for name in rows_of(QUESTIONS[key])
+                  if ROWS[name]['rate'] is not None or rates[ROWS[name]['method']]]
+        return carry_out([stage for chain in chains if not result(chain) for stage in chain], args.jobs)
+
+    failed = carry_out_all(['Q7'], {}) if args.rate is None else []
     rates = best_rates(args.set, count['Q7'], args.rate)
     print('learning rates: ' + ', '.join(f'{method} {rate}' for method, rate in rates.items()), flush=True)
-    failed += carry_out([stage for key in asked for seed in everyone if seed < count[key]
-                         for name in rows_of(QUESTIONS[key]) if rates[ROWS[name]['method']]
-                         for stage in stages(args.set, name, seed, rates)], args.jobs)
+    failed += carry_out_all([key for key in asked if key != 'Q7'], rates)
     check(not failed, f'{len(failed)} stages failed, see output.txt in '
           + ', '.join(f'{out}/{stage.folder}' for stage in failed[:3]))
 

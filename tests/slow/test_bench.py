@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -46,9 +47,21 @@ def test_table():
     found = {name: {seed: one | {'frechet': value} for seed, value in enumerate(values)}
              for name, values in (('mcdit', (10.0, 12.0)), ('dit', (11.0, 15.0)))}
     text = evidence.table(found, 'equal images', evidence.against('mcdit', 'dit', 'mdt'), ('frechet', 'eyes'))
-    assert '| mcdit | 2 | 30 + 10 | 0.5 | 11 ± 1.41 |  |' in text
-    assert '| dit | 2 | 30 + 10 | 0.5 | 13 ± 2.83 | +2 [-10.7, 14.7] against mcdit |' in text    # t = 12.706
-    assert '| mdt | 0 |' in text and 'eyes' not in text
+    assert text.startswith('*equal images; seeds: 2; differences from mcdit*')
+    assert '| mcdit | 30 + 10 | 11 ± 1.4 |  |' in text
+    assert '| dit | 30 + 10 | 13 ± 2.8 | +2 [-11, +15] |' in text             # t = 12.706
+    assert 'mdt' not in text and 'eyes' not in text
+
+
+def test_settings_that_are_ahead():
+    """Of settings of mcdit: those whose interval is below 0 against both rivals."""
+    found = {name: {seed: {'frechet': value + 0.1 * seed * slope} for seed in range(3)}
+             for name, value, slope in (('maskdit, equal compute', 10, 0), ('dit, equal compute', 9, 0),
+                                        ('mcdit, equal compute', 9.5, 0), ('mcdit ratio 0.25', 8, 1),
+                                        ('no branch', 8, 9))}
+    text = evidence.settings_table(found)
+    assert '3 tried, ahead of maskdit and dit beyond the interval: mcdit ratio 0.25*' in text
+    assert '| mcdit ratio 0.25 | --mask-ratio 0.25 | 8.1 ± 0.1 | -1.9 [-2.1, -1.7] | -0.9 [-1.1, -0.65] |' in text
 
 
 @pytest.mark.parametrize('key', evidence.QUESTIONS)
@@ -153,11 +166,18 @@ def test_runner_resumes(tmp_path, monkeypatch):
 
     bad = evidence.stages('digits', 'mcdit', 1, RATES | {'mcdit': -1.0})
     assert evidence.carry_out(bad, jobs=2) == bad[:1] and not pathlib.Path(bad[1].folder).exists()
-    evidence.write_report('digits', ['Q1', 'Q2'], 2, RATES)
+    evidence.write_csv('results.csv', evidence.collect('digits', ['mcdit', 'dit'], 2, RATES))
+    found = evidence.read_csv('results.csv')
     result = json.loads(chain[-1].result.read_text())
-    assert f'mcdit,0,frechet,{result["frechet"]}' in (tmp_path / 'results.csv').read_text().splitlines()
+    assert list(found) == ['mcdit'] and found['mcdit'][0]['lr'] == 1e-3
+    assert found['mcdit'][0]['frechet'] == pytest.approx(result['frechet'], rel=1e-5)
+    evidence.write_report('digits', ['Q1', 'Q2'], found)
     assert 'run in six ways: mcdit*' in (tmp_path / 'report.md').read_text()
-    assert (tmp_path / 'Q1.png').exists()
+    assert (tmp_path / 'Q2.png').exists()
+
+    monkeypatch.setattr(evidence, 'KEPT', {found['mcdit'][0]['measured']: found['mcdit'][0]})
+    shutil.rmtree('runs')                                                     # as on another machine
+    assert evidence.result(chain) == found['mcdit'][0]
 
 
 def test_the_best_rates_of_question_7_are_used(tmp_path, monkeypatch):
@@ -171,10 +191,11 @@ def test_the_best_rates_of_question_7_are_used(tmp_path, monkeypatch):
                     (pathlib.Path(stage.folder) / 'core-seconds').write_text('1.0\n2.0\n')
                 chain[-1].result.write_text(json.dumps({'frechet': value}))
     rates = evidence.best_rates('digits', 2)
-    assert rates == {m: None if m == 'mdt' else 2e-3 for m in evidence.ALL}   # mdt's are not all finished
+    assert rates == {m: None if m == 'mdt' else 4e-3 for m in evidence.ALL}   # mdt's are not all finished
     found = evidence.collect('digits', ['mcdit', 'mcdit rate 0'], 2, rates)
-    assert found['mcdit rate 0'][1]['core_seconds'] == 6 and 'mcdit' not in found
-    assert '0.002' in evidence.stages('digits', 'half', 0, rates)[0].argv
+    assert found['mcdit rate 0'][1]['training_hours'] == 3 / 3600 and 'mcdit' not in found
+    assert found['mcdit rate 0'][1]['other_hours'] == 9 / 3600
+    assert '0.004' in evidence.stages('digits', 'half', 0, rates)[0].argv
 
 
 def test_code_without_comments():
