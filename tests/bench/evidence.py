@@ -120,8 +120,8 @@ SMALL = ('digits', 'shapes')
 QUESTIONS = {
     'Q1': dict(
         title='Which method is best, at equal images and at equal compute?', seeds=5, sets=SETS,
-        tables=[('equal images', against('mcdit', *ALL[:-1]), QUALITY),
-                ('equal compute', against(*(f'{m}, equal compute' for m in ALL[::-1])), QUALITY)],
+        tables=[('equal compute', against(*(f'{m}, equal compute' for m in ALL[::-1])), QUALITY),
+                ('equal images', against(*ALL[::-1]), QUALITY)],
         figure=('compute', 'training compute, PFLOP', ALL)),
     'Q2': dict(
         title='What does tuning do, and what does its absence cost?', seeds=5, sets=SMALL,
@@ -683,8 +683,9 @@ def main(argv=None):
         prepare(args.set, size, code('measure'))
 
     def carry_out_all(keys, rates):
-        chains = [stages(args.set, name, seed, rates) for key in keys for seed in range(count[key])
-                  for name in rows_of(QUESTIONS[key])
+        chains = [stages(args.set, name, seed, rates) for key in keys
+                  for _, rows, _ in QUESTIONS[key]['tables'] for seed in range(count[key])
+                  for name in dict.fromkeys(name for pair in rows for name in pair)
                   if ROWS[name]['rate'] is not None or rates[ROWS[name]['method']]]
         return carry_out([stage for chain in chains if not result(chain) for stage in chain], args.jobs)
 
