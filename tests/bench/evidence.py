@@ -105,8 +105,8 @@ ROWS = collections.ChainMap(
       for bridge, flags in (('zero', ''), ('xavier', '--bridge xavier')) for length in (1, 3)))
 
 QUALITY = ('frechet', 'frechet_pixels', 'fidelity', 'precision', 'recall', 'nearest', 'loss@0.14', 'loss@2.8')
-TITLES = {'frechet': 'Fréchet', 'frechet_pixels': 'in pixels', 'loss@0.14': 'loss at 0.14',
-          'loss@2.8': 'loss at 2.8'}
+TITLES = {'frechet': 'Fréchet', 'frechet_pixels': 'in pixels', 'untuned': 'Fréchet, untuned',
+          'loss@0.14': 'loss at 0.14', 'loss@2.8': 'loss at 2.8'}
 SHORT = ('frechet', 'frechet_pixels', 'fidelity', 'loss@0.14', 'loss@2.8')
 
 
@@ -115,11 +115,12 @@ def against(base, *names):
     return [(name, base) for name in (base, *names)]
 
 
-# Tables are (caption, [(row, the row it is compared with)], metrics); figures (kind, ...), see `draw`
+# Tables are (caption, [(row, the row it is compared with)], metrics), figures (kind, ...): see `table`, `draw`.
+# A question without tables has one that is made of its figure. untuned: its rows are run untuned as well.
 SMALL = ('digits', 'shapes')
 QUESTIONS = {
     'Q1': dict(
-        title='Which method is best, at equal images and at equal compute?', seeds=5, sets=SETS,
+        title='Which method is best, at equal compute and at equal images?', seeds=5, sets=SETS,
         tables=[('equal compute', against(*(f'{m}, equal compute' for m in ALL[::-1])), QUALITY),
                 ('equal images', against(*ALL[::-1]), QUALITY)],
         figure=('compute', 'training compute, PFLOP', ALL)),
@@ -129,25 +130,22 @@ QUESTIONS = {
         figure=('noise', 'loss untuned against tuned', 0), probe=('mcdit, untuned', 'mcdit')),
     'Q3': dict(
         title='Is tuning still needed where a share of the steps masks nothing (--unmasked)?', seeds=5,
-        sets=SMALL, tables=[
-            (kind or ', tuned', against(*(f'{name}{kind}' for name in (
-                'mcdit, equal compute', *(f'mcdit unmasked {u}' for u in UNMASKED),
-                'maskdit, equal compute', 'maskdit unmasked 0.1'))),
-             SHORT)
-            for kind in ('', ', untuned')],
+        sets=SMALL, untuned=True, tables=[('equal compute', against(
+            'mcdit, equal compute', *(f'mcdit unmasked {u}' for u in UNMASKED), 'maskdit, equal compute',
+            'maskdit unmasked 0.1'), ('untuned', *SHORT))],
         figure=('x', 'share of the steps that mask nothing', {
             f'{m}{kind}': [(0, f'{m}, equal compute{kind}'), *((u, f'{m} unmasked {u}{kind}') for u in shares)]
             for m, shares in (('mcdit', UNMASKED), ('maskdit', (0.1,))) for kind in ('', ', untuned')})),
     'Q4': dict(
-        title='What do the two EMA branches do?', seeds=3, sets=SMALL, tables=[
-            (kind or ', tuned', against(*(f'{name}{kind}' for name in (
-                'no branch', 'noisy branch', 'clean branch', 'mcdit, equal compute', 'EMA encoder'))), SHORT)
-            for kind in ('', ', untuned')],
+        title='What do the two EMA branches do?', seeds=3, sets=SMALL, untuned=True,
+        tables=[('equal compute', against('no branch', 'noisy branch', 'clean branch', 'mcdit, equal compute',
+                                          'EMA encoder'), ('untuned', *SHORT))],
         figure=('noise', 'loss against that without a branch', 0)),
     'Q5': dict(
-        title='Which mask ratio is best at equal compute?', seeds=3, sets=SMALL,
-        tables=[(m, against(f'{m}, equal compute', *(f'{m} ratio {r}' for r in RATIOS)), SHORT)
-                for m in BOTH],
+        title='Which mask ratio is best?', seeds=3, sets=SMALL,
+        tables=[('equal compute, differences from ratio 0.5', [
+            pair for m in BOTH for pair in against(f'{m}, equal compute', *(
+                f'{m} ratio {r}' for r in RATIOS))], SHORT)],
         figure=('x', 'mask ratio', {
             m: [(0.25, f'{m} ratio 0.25'), (0.5, f'{m}, equal compute'), (0.75, f'{m} ratio 0.75')]
             for m in BOTH})),
@@ -158,24 +156,20 @@ QUESTIONS = {
         figure=('metrics', 'share of the images with equal eyes (1), equal bars (2), a closed ring (3)',
                 ('eyes', 'bars', 'ring'))),
     'Q7': dict(
-        title='Which learning rate suits each method, at a third of the length?', seeds=3, sets=SETS,
-        tables=[(m, against(f'{m} rate 1', f'{m} rate 0', f'{m} rate 2'), SHORT) for m in FIVE],
+        title='Which learning rate suits each method, at a third of the length?', seeds=3, sets=SETS, tables=[],
         figure=('x', 'learning rate', {m: [(k, f'{m} rate {k}') for k in range(3)] for m in FIVE})),
     'Q8': dict(
         title='Does the order change with the number of tokens, at equal compute?', seeds=1, sets=('shapes',),
-        tables=[(f'{size} pixels, {size * size // 4} tokens', against(*(
-            f'{m}, {size} pixels' for m in ('mcdit', 'dit', 'maskdit', 'mcdit 0.25'))), SHORT)
-                for size in SIZES],
-        figure=('x', 'tokens', {m: [(size * size // 4, f'{m}, {size} pixels') for size in SIZES]
-                                for m in ('dit', 'maskdit', 'mcdit', 'mcdit 0.25')})),
+        tables=[], figure=('x', 'tokens', {m: [(size * size // 4, f'{m}, {size} pixels') for size in SIZES]
+                                           for m in ('dit', 'maskdit', 'mcdit', 'mcdit 0.25')})),
     'Q9': dict(
         title='How should the bridge start, and does length change that?', seeds=3, sets=('digits',),
-        tables=[(f'{m}, differences of xavier from zero', [(f'{m} {bridge} x {n}', f'{m} zero x {n}') for n in (1, 3)
-                     for bridge in ('zero', 'xavier')], SHORT) for m in BOTH],
+        tables=[(f'{m}, differences of xavier from zero', [
+            (f'{m} {bridge} x {n}', f'{m} zero x {n}') for n in (1, 3) for bridge in ('zero', 'xavier')], SHORT)
+                for m in BOTH],
         figure=('x', 'length of masked training and tuning', {
             f'{m} {bridge}': [(n, f'{m} {bridge} x {n}') for n in (1, 3)]
             for m in BOTH for bridge in ('zero', 'xavier')}))}
-
 
 # settings of mcdit at equal compute, and what each is held against
 SETTINGS = ('mcdit, equal compute', *(f'mcdit unmasked {u}' for u in UNMASKED), 'no branch', 'noisy branch',
@@ -183,10 +177,18 @@ SETTINGS = ('mcdit, equal compute', *(f'mcdit unmasked {u}' for u in UNMASKED), 
 RIVALS = ('maskdit, equal compute', 'dit, equal compute')
 
 
+def groups_of(question):
+    """Lists of names of its runs, in the order in which they are run."""
+    groups = [[name for pair in rows for name in pair] for _, rows, _ in question['tables']]
+    if question.get('untuned'):
+        groups += [[f'{name}, untuned' for name in groups[0]]]
+    if not question['tables']:
+        groups = [[name for _, name in points] for points in question['figure'][2].values()]
+    return [list(dict.fromkeys(group)) for group in groups]
+
+
 def rows_of(question):
-    """The names of its runs, in order."""
-    names = [name for _, rows, _ in question['tables'] for pair in rows for name in pair]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for group in groups_of(question) for name in group))
 
 
 # -------------------------------------------------------------------- what the runner adds to the methods
@@ -466,6 +468,9 @@ def paired(a, b):
 
 
 def column(found, name, metric):
+    """{seed: value}; `untuned` is the Frechet distance of the run untuned."""
+    if metric == 'untuned':
+        name, metric = f'{name}, untuned', 'frechet'
     values = {seed: metrics.get(metric, math.nan) for seed, metrics in found.get(name, {}).items()}
     return {seed: value for seed, value in values.items() if not math.isnan(value)}
 
@@ -497,12 +502,12 @@ def markdown(caption, titles, lines):
 
 def table(found, caption, rows, metrics):
     """Mean and standard deviation of each metric; paired differences in Frechet distances, or where the table
-    has none, in its first metrics."""
+    has none, in its first three metrics."""
     rows = [(name, base) for name, base in rows if found.get(name)]
     if not rows:
         return f'*{caption.strip(", ")}: not run yet*\n'
     metrics = [m for m in metrics if any(column(found, name, m) for name, _ in rows)]
-    compared = [m for m in metrics if m.startswith('frechet')] or metrics[:3]
+    compared = [m for m in metrics if m in ('untuned', 'frechet')] or metrics[:3]
     bases = list(dict.fromkeys(base for _, base in rows))
     seeds = {len(found[name]) for name, _ in rows}
     caption = caption.strip(', ') + f'; seeds: {" to ".join(map(str, sorted({min(seeds), max(seeds)})))}'
@@ -515,6 +520,15 @@ def table(found, caption, rows, metrics):
                       *(interval(found, name, base, metric) for metric in compared)])
     return markdown(caption, ['run', 'steps', *(TITLES.get(m, m) for m in metrics),
                               *(f'{TITLES.get(m, m)}: difference [95 %]' for m in compared)], lines)
+
+
+def figure_table(found, question, rates):
+    """Fréchet distance: a row per series of the figure, a column per x."""
+    _, label, about = question['figure']
+    xs = [rates[x] if label == 'learning rate' else x for x, _ in next(iter(about.values()))]
+    return markdown('Fréchet distance', [label, *map(str, xs)],
+                    [[name, *(spread(found, run, 'frechet') for _, run in points)]
+                     for name, points in about.items()])
 
 
 def settings_table(found):
@@ -598,6 +612,8 @@ def write_report(set_name, questions, found):
             text.append(f'## {key}. {question["title"]}\n\nNot run yet.\n')
             continue
         text += [f'## {key}. {question["title"]}\n', *(table(found, *one) for one in question['tables'])]
+        if not question['tables']:
+            text.append(figure_table(found, question, SETS[set_name]['rates']))
         text += [probe_table(found, name) for name in question.get('probe', ()) if found.get(name)]
         draw(f'{key}.png', f'{key}. {question["title"]}', question, found, SETS[set_name]['rates'])
         text.append(f'![]({set_name}-{key}.png)\n')
@@ -684,8 +700,7 @@ def main(argv=None):
 
     def carry_out_all(keys, rates):
         chains = [stages(args.set, name, seed, rates) for key in keys
-                  for _, rows, _ in QUESTIONS[key]['tables'] for seed in range(count[key])
-                  for name in dict.fromkeys(name for pair in rows for name in pair)
+                  for group in groups_of(QUESTIONS[key]) for seed in range(count[key]) for name in group
                   if ROWS[name]['rate'] is not None or rates[ROWS[name]['method']]]
         return carry_out([stage for chain in chains if not result(chain) for stage in chain], args.jobs)
 
