@@ -75,7 +75,8 @@ ALL = ('dit', 'half', 'maskdit', 'mdt', 'sddit', 'mcdit')       # half: dit whos
 
 def run(name, method, flags='', masked=1.0, tuned=1.0, equal=False, rate=None, size=None):
     """masked, tuned: lengths in units of the data set's, tuned is masked or 0; equal: as many masked steps as
-    the compute of mcdit, masked and tuned, allows; rate: number of the learning rate, None for the best; size: pixels, None for the data set's."""
+    the compute of mcdit, masked and tuned, allows; rate: number of the learning rate, None for the best;
+    size: pixels, None for the data set's."""
     return {name: dict(method=method, flags=flags, masked=masked, tuned=tuned, equal=equal, rate=rate,
                        size=size)}
 
