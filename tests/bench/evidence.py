@@ -103,7 +103,8 @@ ROWS = collections.ChainMap(
       for name, flags in (('dit', ''), ('maskdit', ''), ('mcdit', ''), ('mcdit 0.25', '--mask-ratio 0.25'))
       for size in SIZES),
     *(run(f'{m} {bridge} x {length}', m, flags, masked=length, tuned=length) for m in BOTH
-      for bridge, flags in (('zero', ''), ('xavier', '--bridge xavier')) for length in (1, 3)))
+      for bridge, flags in (('zero', ''), ('xavier', '--bridge xavier')) for length in (1, 3)),
+    run('dit, equal compute x 3', 'dit', masked=3, tuned=3, equal=True))
 
 QUALITY = ('frechet', 'frechet_pixels', 'fidelity', 'precision', 'recall', 'nearest', 'loss@0.14', 'loss@2.8')
 TITLES = {'frechet': 'Fréchet', 'frechet_pixels': 'in pixels', 'untuned': 'Fréchet, untuned',
@@ -167,7 +168,8 @@ QUESTIONS = {
         title='How should the bridge start, and does length change that?', seeds=3, sets=('digits',),
         tables=[(f'{m}, differences of xavier from zero', [
             (f'{m} {bridge} x {n}', f'{m} zero x {n}') for n in (1, 3) for bridge in ('zero', 'xavier')], SHORT)
-                for m in BOTH],
+                for m in BOTH] + [('three times the length, added when question 1 had been answered', against(
+                    'mcdit zero x 3', 'dit, equal compute x 3'), SHORT)],
         figure=('x', 'length of masked training and tuning', {
             f'{m} {bridge}': [(n, f'{m} {bridge} x {n}') for n in (1, 3)]
             for m in BOTH for bridge in ('zero', 'xavier')}))}

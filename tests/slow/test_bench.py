@@ -198,6 +198,21 @@ def test_the_best_rates_of_question_7_are_used(tmp_path, monkeypatch):
     assert '0.004' in evidence.stages('digits', 'half', 0, rates)[0].argv
 
 
+def test_tables_of_results_are_those_of_the_csv():
+    """RESULTS.md has every table of the runs that are kept, to the digit."""
+    found, text = evidence.read_csv(ROOT / 'assets/digits.csv'), (ROOT / 'assets/RESULTS.md').read_text()
+    written = 0
+    for question in evidence.QUESTIONS.values():
+        for one in question['tables']:
+            if any(found.get(name) for name, _ in one[1]):
+                assert evidence.table(found, *one) in text, one[0]
+                written += 1
+        if not question['tables'] and any(found.get(name) for name in evidence.rows_of(question)):
+            assert evidence.figure_table(found, question, evidence.SETS['digits']['rates']) in text
+            written += 1
+    assert written >= 2
+
+
 def test_code_without_comments():
     text = 'def f(x):\n    """Doc."""\n    return x + 1  # why\n'
     assert evidence.without_docs(text) == evidence.without_docs('def f(x):\n    return (x + 1)\n')
