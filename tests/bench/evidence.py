@@ -99,7 +99,7 @@ ROWS = collections.ChainMap(
         ('clean branch', '--lambda-con1 0'), ('EMA encoder', '--teacher-encoder'))),
     *(run(f'{m} ratio {r}', m, f'--mask-ratio {r}', equal=True) for m in BOTH for r in RATIOS),
     *(run(f'{m} rate {k}', m, masked=THIRD, tuned=THIRD, rate=k) for m in FIVE for k in range(3)),
-    *(run(f'{name}, {size} pixels', name.split()[0], flags, masked=0.5, tuned=0.5, equal=True, size=size)
+    *(run(f'{name}, {size} pixels', name.split()[0], flags, equal=True, size=size)
       for name, flags in (('dit', ''), ('maskdit', ''), ('mcdit', ''), ('mcdit 0.25', '--mask-ratio 0.25'))
       for size in SIZES),
     *(run(f'{m} {bridge} x {length}', m, flags, masked=length, tuned=length) for m in BOTH

@@ -35,7 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 SETS = {
     'digits': dict(model='T/2', size=8, channels=1, batch=64, masked=3000, tuned=1000,
                    rates=(1e-3, 2e-3, 4e-3), samples=1500, reference=1500, unseen=297),
-    'shapes': dict(model='T/2', size=12, channels=3, batch=64, masked=8000, tuned=2000,
+    'shapes': dict(model='T/2', size=12, channels=3, batch=64, masked=4000, tuned=1000,
                    rates=(1e-3, 2e-3, 4e-3), samples=2000, reference=5000, unseen=500, images=20_000),
     'large': dict(model='S/2', size=32, channels=3, batch=256, masked=2000, tuned=500,
                   rates=(2e-4, 4e-4, 8e-4), samples=2000, reference=5000, unseen=500, images=50_000)}
