@@ -202,7 +202,7 @@ def test_tables_of_results_are_those_of_the_csv():
     """RESULTS.md has every table whose runs are kept, to the digit."""
     found, text = evidence.read_csv(ROOT / 'assets/digits.csv'), (ROOT / 'assets/RESULTS.md').read_text()
     written = 0
-    for question in evidence.QUESTIONS.values():
+    for question in (one for one in evidence.QUESTIONS.values() if 'digits' in one['sets']):
         for one in question['tables']:
             if all(found.get(name) for name, _ in one[1]):
                 assert evidence.table(found, *one) in text, one[0]
